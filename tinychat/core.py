@@ -1,0 +1,209 @@
+"""The words that all parts of the runtime share. Frozen data, no behaviour but checking itself.
+
+A `Request` goes in; a stream of `Event`s comes out: Started, then Progress and Token, then Finished or Failed.
+Chat, one-shot questions, batch jobs and tests all speak in these types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tinychat.errors import UsageError
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "eos", "cancelled"]
+Stage = Literal["load", "images", "vision", "prefill"]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words of a message. Nothing in them is special: `<image>` here is seven characters."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture by its encoded bytes or by its path. `digest` (sha256 of the bytes) names its content."""
+
+    data: bytes | None = field(default=None, repr=False)
+    path: str | None = None
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.path is None):
+            raise UsageError("an image needs either data or a path", "give exactly one of the two")
+
+
+Part = Text | Image
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `token_ids` are an answer's own tokens: with them the next turn's prompt extends this one exactly."""
+
+    role: Role
+    parts: tuple[Part, ...]
+    token_ids: tuple[int, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Image))
+
+
+def _check(name: str, value: float, ok: bool, rule: str) -> None:
+    if not ok:
+        raise UsageError(f"{name} is {value}, it must be {rule}", f"give a {name} that is {rule}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a token is drawn. Names and ranges are those of transformers' GenerationConfig; temperature 0 is greedy.
+
+    Frequency and presence penalties count generated tokens only; repetition_penalty counts the prompt's text too.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        _check("typical_p", self.typical_p, 0 < self.typical_p <= 1, "above 0 and at most 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value: float = getattr(self, name)
+            _check(name, value, -2 <= value <= 2, "from -2 to 2")
+        if self.seed is not None:
+            _check("seed", self.seed, 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When an answer ends: after max_new_tokens (None = the room in the context), at a stop string, or at an EOS token.
+
+    A stop string is cut from the text unless include_stop is set.
+    """
+
+    max_new_tokens: int | None = 512
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more")
+        if any(not text for text in self.stop):
+            raise UsageError("a stop string is empty", "give stop strings of one character or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing to answer: `messages` go through the chat template, `parts` are a raw prompt as it stands."""
+
+    id: str
+    messages: tuple[Message, ...] = ()
+    parts: tuple[Part, ...] = ()
+    sampling: SamplingParams = SamplingParams()
+    stopping: StoppingParams = StoppingParams()
+
+    def __post_init__(self) -> None:
+        if bool(self.messages) == bool(self.parts):
+            raise UsageError(f"request {self.id!r} needs either messages or parts", "give exactly one of the two")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. prompt_tokens includes image_tokens and cached_tokens (those found in the KV cache)."""
+
+    prompt_tokens: int
+    image_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, and tokens a second: prefill_tps over the tokens computed, decode_tps over those after the first."""
+
+    load_s: float = 0.0
+    image_s: float = 0.0
+    vision_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The prompt is read: this many tokens, of which so many belong to images and so many are cached."""
+
+    request_id: str
+    prompt_tokens: int
+    image_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` of `total` units of a stage: tensors (load), pictures (images, vision), tokens (prefill)."""
+
+    request_id: str
+    stage: Stage
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token and the text that became certain with it (empty while a character or a stop string is incomplete)."""
+
+    request_id: str
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer. `text` is what the Token events and `tail` add up to; `token_ids` exclude the EOS."""
+
+    request_id: str
+    text: str
+    tail: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request could not be answered; nothing of it stays in the cache."""
+
+    request_id: str
+    message: str
+    remedy: str
+    exit_code: int
+
+
+Event = Started | Progress | Token | Finished | Failed
