@@ -1,0 +1,221 @@
+"""The painter of training and validation pictures: drawn by PIL at twice the size, then scaled down, then worn a little."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from demo_data.scenes import IMAGE_SIZE, Background, Glyph, Lettering, Rgb, Scene, Shape, Style, mix
+
+SCALE = 2
+_TINTS: tuple[Rgb, ...] = (
+    (255, 225, 225),
+    (225, 245, 225),
+    (222, 232, 255),
+    (255, 250, 215),
+    (240, 226, 250),
+    (255, 235, 215),
+    (215, 240, 242),
+)
+_LIGHTS: tuple[Rgb, ...] = ((255, 255, 255), (225, 225, 225))
+_DARKS: tuple[Rgb, ...] = ((0, 0, 0), (25, 28, 45), (40, 30, 30), (20, 40, 40))
+
+
+def _regular(corners: int, inner: float | None = None) -> list[tuple[float, float]]:
+    radii = [1.0] if inner is None else [1.0, inner]
+    total = corners * len(radii)
+    turns = [(radii[k % len(radii)], 2 * math.pi * k / total - math.pi / 2) for k in range(total)]
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in turns]
+
+
+def _heart() -> list[tuple[float, float]]:
+    turns = [2 * math.pi * k / 40 for k in range(40)]
+    return [
+        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
+        for t in turns
+    ]
+
+
+_T = 0.34
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "circle": _regular(40),
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "triangle": [(0.0, -0.95), (0.98, 0.85), (-0.98, 0.85)],
+    "star": [(1.08 * x, 1.08 * y) for x, y in _regular(5, 0.42)],
+    "cross": [
+        (-_T, -1), (_T, -1), (_T, -_T), (1, -_T), (1, _T), (_T, _T),
+        (_T, 1), (-_T, 1), (-_T, _T), (-1, _T), (-1, -_T), (-_T, -_T),
+    ],
+    "heart": _heart(),
+}  # fmt: skip
+
+
+def corners(shape: Shape, scale: float, stretch: float = 1.0) -> list[tuple[float, float]]:
+    """The polygon of a shape in pixels of a picture `scale` times IMAGE_SIZE."""
+    a, r = math.radians(shape.angle), shape.radius * scale
+    cos, sin = r * math.cos(a), r * math.sin(a)
+    cx, cy = shape.x * scale, shape.y * scale
+    return [(cx + x * cos * stretch - y * sin, cy + x * sin * stretch + y * cos) for x, y in OUTLINES[shape.kind]]
+
+
+def background(rng: random.Random) -> Background:
+    """Mostly light and plain, sometimes tinted, graded or dark."""
+    chance = rng.random()
+    if chance < 0.12:
+        first = mix(rng, _DARKS, 6)
+        return Background("plain", first, first)
+    first = mix(rng, _TINTS if rng.random() < 0.4 else _LIGHTS, 4)
+    if chance < 0.3:
+        return Background("gradient", first, mix(rng, _TINTS + _LIGHTS, 4))
+    return Background("plain", first, first)
+
+
+@lru_cache(maxsize=256)
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The typeface that comes inside Pillow."""
+    face = ImageFont.load_default(size)
+    assert isinstance(face, ImageFont.FreeTypeFont)
+    return face
+
+
+@lru_cache(maxsize=8192)
+def extent(character: str, size: int, stroke: int) -> tuple[float, tuple[float, float, float, float]]:
+    """How far a character advances, and the box of its ink, in pixels of the large picture."""
+    face = font(size)
+    return face.getlength(character), face.getbbox(character, stroke_width=stroke)
+
+
+def lettering(rng: random.Random, text: str, colour: str, rgb: Rgb) -> Lettering:
+    """Text of a random size, weight, spacing and slant, at a random place."""
+    room = (IMAGE_SIZE - 8) * SCALE
+    size = rng.randint(40, max(46, min(104, int(room / (0.64 * len(text))))))
+    stroke, tracking = rng.choice((0, 0, 0, 1, 1, 2)), rng.uniform(0, 5)
+    widths = [extent(c, size, stroke)[0] + tracking + stroke for c in text]
+    top, bottom = (f(extent(c, size, stroke)[1][i] for c in text) for f, i in ((min, 1), (max, 3)))
+    x = rng.uniform(4, max(5.0, IMAGE_SIZE * SCALE - sum(widths) - 4))
+    y = rng.uniform(4, max(5.0, IMAGE_SIZE * SCALE - (bottom - top) - 4)) - top
+    glyphs = []
+    for character, width in zip(text, widths, strict=True):
+        box = extent(character, size, stroke)[1]
+        glyphs.append(Glyph(character, x / SCALE, (y + box[1]) / SCALE, (x + width) / SCALE, (y + box[3]) / SCALE))
+        x += width
+    laid = tuple(glyphs)
+    if rng.random() < 0.5:
+        return Lettering(text, colour, rgb, laid, size, stroke, None, "default")
+    warp = slant(rng, laid, rng.uniform(-9, 9), rng.uniform(-0.2, 0.2))
+    return Lettering(text, colour, rgb, tuple(moved(g, warp) for g in laid), size, stroke, warp, "default")
+
+
+def slant(rng: random.Random, glyphs: tuple[Glyph, ...], angle: float, shear: float) -> tuple[float, ...]:
+    """An affine map, output to source, that turns and shears about the middle of the text."""
+    cx, cy = (glyphs[0].left + glyphs[-1].right) / 2, (glyphs[0].top + glyphs[0].bottom) / 2
+    wide, high = rng.uniform(0.95, 1.2), rng.uniform(0.9, 1.1)
+    a = math.radians(angle)
+    m = (math.cos(a) * wide, (math.sin(a) + shear) * wide, -math.sin(a) * high, math.cos(a) * high)
+    return m[0], m[1], cx - m[0] * cx - m[1] * cy, m[2], m[3], cy - m[2] * cx - m[3] * cy
+
+
+def moved(glyph: Glyph, warp: tuple[float, ...]) -> Glyph:
+    """The box of a glyph after the picture is warped; its size is kept."""
+    a, b, c, d, e, f = warp
+    x, y = (glyph.left + glyph.right) / 2 - c, (glyph.top + glyph.bottom) / 2 - f
+    det = a * e - b * d
+    u, v = (e * x - b * y) / det, (a * y - d * x) / det
+    w, h = (glyph.right - glyph.left) / 2, (glyph.bottom - glyph.top) / 2
+    return Glyph(glyph.character, u - w, v - h, u + w, v + h)
+
+
+def unmoved(glyph: Glyph, warp: tuple[float, ...]) -> tuple[float, float]:
+    """Where the left top corner of a warped glyph's box was before."""
+    a, b, c, d, e, f = warp
+    u, v = (glyph.left + glyph.right) / 2, (glyph.top + glyph.bottom) / 2
+    x, y = a * u + b * v + c, d * u + e * v + f
+    return x - (glyph.right - glyph.left) / 2, y - (glyph.bottom - glyph.top) / 2
+
+
+def paint(rng: random.Random, scene: Scene) -> np.ndarray:
+    """[IMAGE_SIZE, IMAGE_SIZE, 3] uint8."""
+    return paint_large(rng, scene, SCALE, SCALE)
+
+
+def paint_large(rng: random.Random, scene: Scene, scale: int, shrink: int) -> np.ndarray:
+    """The scene drawn `scale` times as large, then reduced `shrink` times and worn."""
+    side = IMAGE_SIZE * scale
+    picture = _canvas(rng, scene.background, side)
+    draw = ImageDraw.Draw(picture)
+    edged = rng.random() < 0.2
+    for shape in scene.shapes:
+        edge = tuple(v * 3 // 5 for v in shape.rgb) if edged else None
+        draw.polygon(corners(shape, scale, rng.uniform(0.92, 1.08)), fill=shape.rgb, outline=edge, width=scale)
+    _draw_bars(rng, draw, scene, scale)
+    if scene.lettering is not None:
+        _draw_lettering(picture, scene.lettering, scale)
+    return worn(rng, picture.reduce(shrink) if shrink > 1 else picture)
+
+
+def _canvas(rng: random.Random, ground: Background, side: int) -> Image.Image:
+    if ground.kind == "plain":
+        return Image.new("RGB", (side, side), ground.first)
+    mask = Image.linear_gradient("L").resize((side, side))
+    if rng.random() < 0.5:
+        mask = mask.transpose(Image.Transpose.ROTATE_90)
+    first, second = (Image.new("RGB", (side, side), c) for c in (ground.first, ground.second))
+    return Image.composite(second, first, mask)
+
+
+def _draw_bars(rng: random.Random, draw: ImageDraw.ImageDraw, scene: Scene, scale: int) -> None:
+    if not scene.bars:
+        return
+    for bar in scene.bars:
+        draw.rectangle([v * scale for v in (bar.left, bar.top, bar.right, bar.bottom)], fill=bar.rgb)
+    dark = sum(scene.background.first) < 300
+    line = (200, 200, 200) if dark else (60, 60, 60)
+    left, right, bottom = scene.bars[0].left - 3, scene.bars[-1].right + 3, scene.bars[0].bottom
+    draw.line([left * scale, bottom * scale, right * scale, bottom * scale], fill=line, width=scale)
+    if rng.random() < 0.6:
+        draw.line([left * scale, 5 * scale, left * scale, bottom * scale], fill=line, width=scale)
+
+
+def _draw_lettering(picture: Image.Image, text: Lettering, scale: int) -> None:
+    mask = Image.new("L", picture.size)
+    draw = ImageDraw.Draw(mask)
+    size, stroke = text.size * scale // SCALE, text.stroke * scale // SCALE
+    for glyph in text.glyphs:
+        x, y = (glyph.left, glyph.top) if text.warp is None else unmoved(glyph, text.warp)
+        rise = extent(glyph.character, size, stroke)[1][1]
+        draw.text((x * scale, y * scale - rise), glyph.character, 255, font(size), stroke_width=stroke)
+    if text.warp is not None:
+        a, b, c, d, e, f = text.warp
+        matrix = (a, b, c * scale, d, e, f * scale)
+        mask = mask.transform(mask.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    picture.paste(text.rgb, mask=mask)
+
+
+def worn(rng: random.Random, picture: Image.Image) -> np.ndarray:
+    """The picture as pixels, sometimes blurred, compressed or noisy."""
+    if rng.random() < 0.12:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+    if rng.random() < 0.2:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=rng.randint(40, 90))
+        picture = Image.open(buffer)
+    pixels = np.asarray(picture)
+    if rng.random() < 0.25:
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(2, 9), pixels.shape)
+        pixels = np.clip(pixels + noise, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixels)
+
+
+TRAINING = Style(
+    background=background,
+    jitter=8,
+    tilt=16.0,
+    radii={0: (9, 20), 1: (9, 26), 2: (8, 22), 3: (7.5, 18), 4: (7, 15), 5: (7, 14)},
+    lettering=lettering,
+    paint=paint,
+)

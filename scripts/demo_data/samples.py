@@ -1,0 +1,141 @@
+"""Samples: pictures with their dialogue and dense labels, each a function of a split, an index and a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from demo_data import dialogues, heldout, phrases, pictures, scenes
+from demo_data.dialogues import Asker, Chain, Phrases, Turn
+from demo_data.scenes import Scene, Style
+
+Split = Literal["train", "validation", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Pictures [S, S, 3] uint8, the turns about them, a system prompt or none, dense labels [N, 3, GRID, GRID]."""
+
+    pictures: tuple[np.ndarray, ...]
+    turns: tuple[Turn, ...]
+    system: str | None
+    dense: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A sample before its pictures are painted."""
+
+    scenes: tuple[Scene, ...]
+    turns: tuple[Turn, ...]
+    system: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A style of pictures and the phrases that go with it."""
+
+    style: Style
+    phrases: Phrases
+    dressed: bool
+
+
+_TRAINING = Family(pictures.TRAINING, {**phrases.QUESTIONS, "unknown": phrases.UNKNOWN}, True)
+FAMILIES: dict[Split, Family] = {
+    "train": _TRAINING,
+    "validation": _TRAINING,
+    "heldout": Family(heldout.STYLE, {**phrases.QUESTIONS, **heldout.QUESTIONS}, False),
+}
+
+Composer = Callable[[random.Random, Family], tuple[tuple[Scene, ...], list[Chain]]]
+
+
+def _shapes(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
+    count = rng.choices(range(scenes.MAX_SHAPES + 1), (2, 10, 16, 24, 24, 24))[0]
+    return _with_chains(rng, family, scenes.compose_shapes(rng, family.style, count))
+
+
+def _lettering(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
+    return _with_chains(rng, family, scenes.compose_lettering(rng, family.style))
+
+
+def _chart(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
+    return _with_chains(rng, family, scenes.compose_chart(rng, family.style))
+
+
+def _mixed(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
+    return _with_chains(rng, family, scenes.compose_mixed(rng, family.style))
+
+
+def _with_chains(rng: random.Random, family: Family, scene: Scene) -> tuple[tuple[Scene, ...], list[Chain]]:
+    ask = Asker(rng, family.phrases)
+    return (scene,), [*dialogues.about_one(ask, scene), (dialogues.unknown(ask),), (dialogues.talk(ask),)]
+
+
+def _pair(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
+    first = scenes.compose_shapes(rng, family.style, rng.randint(1, scenes.MAX_SHAPES))
+    changed = None
+    if rng.random() < 0.4:
+        second, *change = scenes.change(rng, family.style, first)
+        changed = (change[0], change[1])
+    else:
+        second = scenes.compose_shapes(rng, family.style, rng.randint(1, scenes.MAX_SHAPES))
+    pair = first, second
+    return pair, list(dialogues.about_two(Asker(rng, family.phrases), pair, changed))
+
+
+def _nothing(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
+    return (), list(dialogues.without_picture(Asker(rng, family.phrases)))
+
+
+COMPOSERS: dict[str, tuple[float, int, Composer]] = {
+    "shapes": (0.46, 1, _shapes),
+    "lettering": (0.26, 1, _lettering),
+    "chart": (0.08, 1, _chart),
+    "mixed": (0.06, 1, _mixed),
+    "pair": (0.11, 2, _pair),
+    "nothing": (0.03, 0, _nothing),
+}
+
+
+def dialogue(rng: random.Random, split: Split, pictures: int | None = None) -> Dialogue:
+    """Scenes and turns without painting; `pictures` asks for samples with just so many pictures."""
+    family = FAMILIES[split]
+    rows = [row for row in COMPOSERS.values() if pictures in (None, row[1])]
+    compose = rng.choices(rows, [row[0] for row in rows])[0][2]
+    shown, chains = compose(rng, family)
+    turns = list(dialogues.choose(rng, chains))
+    if family.dressed:
+        turns = [replace(turn, question=dialogues.dress(rng, turn.question)) for turn in turns]
+    turns[0] = replace(turns[0], pictures=len(shown))
+    system = rng.choice(phrases.SYSTEMS) if rng.random() < 0.08 else None
+    return Dialogue(shown, tuple(turns), system)
+
+
+def sample(rng: random.Random, split: Split, pictures: int | None = None) -> Sample:
+    """A sample of a split, drawn with `rng`; `pictures` (0, 1 or 2) keeps to samples with so many pictures."""
+    drawn = dialogue(rng, split, pictures)
+    painted = tuple(FAMILIES[split].style.paint(rng, scene) for scene in drawn.scenes)
+    labels = [scenes.dense(scene) for scene in drawn.scenes]
+    empty = np.zeros((0, 3, scenes.GRID, scenes.GRID), np.int64)
+    return Sample(painted, drawn.turns, drawn.system, np.stack(labels) if labels else empty)
+
+
+def generator(split: Split, index: int, seed: int = 0) -> random.Random:
+    """The source of chance of one sample: no two splits share one."""
+    return random.Random(f"{split}/{seed}/{index}")
+
+
+def sample_at(split: Split, index: int, seed: int = 0, pictures: int | None = None) -> Sample:
+    """Sample `index` of a split: the same one at every call."""
+    return sample(generator(split, index, seed), split, pictures)
+
+
+def dialogue_at(split: Split, index: int, seed: int = 0) -> Dialogue:
+    """The scenes and turns of `sample_at`."""
+    return dialogue(generator(split, index, seed), split)
