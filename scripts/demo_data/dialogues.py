@@ -14,14 +14,14 @@ MAX_TURNS = 7
 MAX_TOKENS = 112
 
 TASK_WEIGHTS: Mapping[str, float] = {
-    "colour": 3.0,
+    "colour": 5.0,
     "shape": 1.0,
-    "size": 1.5,
+    "size": 2.5,
     "count": 1.3,
-    "position": 1.6,
+    "position": 1.2,
     "exist": 0.8,
     "read": 6.0,
-    "text_colour": 1.0,
+    "text_colour": 0.8,
     "chart": 1.5,
     "describe": 1.2,
     "compare": 2.0,
@@ -240,7 +240,10 @@ def _about_relations(ask: Asker, scene: Scene) -> Iterator[Chain]:
 
 def _about_sizes(ask: Asker, scene: Scene) -> Iterator[Chain]:
     ranked = sorted(scene.shapes, key=lambda s: s.radius)
-    clear = {"largest": ranked[-1].radius >= 1.2 * ranked[-2].radius, "smallest": ranked[1].radius >= 1.2 * ranked[0].radius}
+    clear = {
+        "largest": ranked[-1].radius >= 1.2 * ranked[-2].radius,
+        "smallest": ranked[1].radius >= 1.2 * ranked[0].radius,
+    }
     for key, s in (("largest", ranked[-1]), ("smallest", ranked[0])):
         if clear[key]:
             yield (ask.turn(key, full(s), "size"),)
@@ -272,7 +275,10 @@ def about_lettering(ask: Asker, scene: Scene) -> Iterator[Chain]:
 def about_bars(ask: Asker, scene: Scene) -> Iterator[Chain]:
     """All chains about a bar chart."""
     ranked = sorted(scene.bars, key=lambda b: b.height)
-    tallest, shortest = ask.turn("tallest", say(ranked[-1].colour), "chart"), ask.turn("shortest", say(ranked[0].colour), "chart")
+    tallest, shortest = (
+        ask.turn("tallest", say(ranked[-1].colour), "chart"),
+        ask.turn("shortest", say(ranked[0].colour), "chart"),
+    )
     yield (tallest,)
     yield (shortest,)
     yield (ask.turn("count_bars", str(len(ranked)), "chart"),)
@@ -353,7 +359,8 @@ def about_one(ask: Asker, scene: Scene) -> Iterator[Chain]:
         yield from about_lettering(ask, scene)
     sentence = caption(scene)
     if sentence:
-        yield (ask.turn("describe", sentence, "describe"),)
+        brief = not scene.bars and len(scene.shapes) < 3 and ask.rng.random() < 0.3
+        yield (ask.turn("what_kind" if brief else "describe", sentence, "describe"),)
 
 
 def unknown(ask: Asker) -> Turn:
@@ -407,7 +414,17 @@ def dress(rng: random.Random, question: str) -> str:
     return question
 
 
-_KNOWN = phrases.known_words() | {*COLOURS, *SHAPES, *map(plural, SHAPES), "color", "grey", "image", "images", "bar", "chart"}
+_KNOWN = phrases.known_words() | {
+    *COLOURS,
+    *SHAPES,
+    *map(plural, SHAPES),
+    "color",
+    "grey",
+    "image",
+    "images",
+    "bar",
+    "chart",
+}
 _KNOWN |= {"missing", "nothing", "both", "same", "number", "with", "and", "an", "a", "first", "second"}
 
 
@@ -422,16 +439,23 @@ def cost(turn: Turn) -> int:
     return 4 + sum(1 if t.lower() in _KNOWN else len(t) + 1 for t in tokens)
 
 
-def choose(rng: random.Random, chains: Iterable[Chain], budget: int = MAX_TOKENS) -> tuple[Turn, ...]:
-    """Up to MAX_TURNS turns, the weightier tasks more often, no question twice, within a budget of tokens."""
+def choose(rng: random.Random, chains: Iterable[Chain], share: float = 1.0) -> tuple[Turn, ...]:
+    """Turns up to a share of MAX_TURNS and MAX_TOKENS: the weightier tasks more often, no question twice."""
+    room, budget = int(MAX_TURNS * share), MAX_TOKENS * share
     ranked = sorted(chains, key=lambda c: rng.random() ** (1 / TASK_WEIGHTS[c[-1].task]), reverse=True)
     taken: list[Turn] = []
     for chain in ranked:
         price = sum(map(cost, chain))
-        fresh = all(turn.task == "follow_up" or turn.question not in [t.question for t in taken] for turn in chain)
-        again = chain[0].task == "read" and any(turn.task == "read" for turn in taken)
-        if len(taken) + len(chain) > MAX_TURNS or price > budget or again or not fresh:
-            continue
-        budget -= price
-        taken += chain
+        if len(taken) + len(chain) <= room and price <= budget and not _repeats(taken, chain):
+            budget -= price
+            taken += chain
     return tuple(taken)
+
+
+def _repeats(taken: list[Turn], chain: Chain) -> bool:
+    """Whether a chain asks again what was asked, or reads again what was read: that would teach copying."""
+    asked = {turn.question for turn in taken}
+    read = any(turn.task == "read" for turn in taken)
+    return any(
+        (turn.question in asked and turn.task != "follow_up") or (read and turn.task == "read") for turn in chain
+    )

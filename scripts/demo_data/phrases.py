@@ -103,7 +103,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Name the lowest shape.",
         "Describe the shape at the bottom.",
     ),
-    "left_of": ("Is the {a} left of the {b}?", "Is the {a} to the left of the {b}?", "Is the {a} on the left of the {b}?"),
+    "left_of": (
+        "Is the {a} left of the {b}?",
+        "Is the {a} to the left of the {b}?",
+        "Is the {a} on the left of the {b}?",
+    ),
     "right_of": (
         "Is the {a} right of the {b}?",
         "Is the {a} to the right of the {b}?",
@@ -193,8 +197,16 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Is the {d} bar shorter than the {c} bar?",
         "Is {d} smaller than {c}?",
     ),
-    "first_bar": ("What colour is the leftmost bar?", "Which colour is the first bar?", "What colour is the bar on the left?"),
-    "last_bar": ("What colour is the rightmost bar?", "Which colour is the last bar?", "What colour is the bar on the right?"),
+    "first_bar": (
+        "What colour is the leftmost bar?",
+        "Which colour is the first bar?",
+        "What colour is the bar on the left?",
+    ),
+    "last_bar": (
+        "What colour is the rightmost bar?",
+        "Which colour is the last bar?",
+        "What colour is the bar on the right?",
+    ),
     "what_kind": ("What is this?", "What kind of picture is it?", "What does the picture show?"),
     "describe": (
         "Describe the picture.",
@@ -222,7 +234,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "How many shapes does the {n} picture have?",
         "Count the shapes in the {n} picture.",
     ),
-    "exist_in": ("Is there {x} in the {n} picture?", "Does the {n} picture show {x}?", "Do you see {x} in the {n} picture?"),
+    "exist_in": (
+        "Is there {x} in the {n} picture?",
+        "Does the {n} picture show {x}?",
+        "Do you see {x} in the {n} picture?",
+    ),
     "colour_in": ("What colour is the {a} in the {n} picture?", "In the {n} picture, what colour is the {a}?"),
     "which_has": ("Which picture has {x}?", "In which picture is {x}?", "Which picture shows {x}?"),
     "differs": (
@@ -247,17 +263,34 @@ AND_SIDE = {"leftmost": "leftmost", "rightmost": "rightmost", "topmost": "topmos
 TALK: tuple[tuple[tuple[str, ...], str], ...] = (
     (("Hello!", "Hi!", "Hello", "Hi there!", "Hey!", "Good morning!", "Good day!", "Hello there!"), "Hello!"),
     (
-        ("Who are you?", "What are you?", "What is your name?", "Tell me who you are.", "Are you a robot?", "Which model are you?"),
+        (
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "Tell me who you are.",
+            "Are you a robot?",
+            "Which model are you?",
+        ),
         "I am the tinychat demo model.",
     ),
     (
-        ("What can you do?", "How can you help me?", "What do you know?", "Can you help me?", "Help", "What can I ask you?"),
+        (
+            "What can you do?",
+            "How can you help me?",
+            "What do you know?",
+            "Can you help me?",
+            "Help",
+            "What can I ask you?",
+        ),
         "I can name shapes, colours, numbers and short words in simple pictures.",
     ),
-    (("Thanks!", "Thank you!", "Thank you very much.", "Great, thanks.", "Very good!", "Well done!", "Nice!"), "You are welcome."),
+    (
+        ("Thanks!", "Thank you!", "Thank you very much.", "Great, thanks.", "Very good!", "Well done!", "Nice!"),
+        "You are welcome.",
+    ),
     (("Bye!", "Goodbye!", "See you!", "Good night!", "Bye bye!"), "Goodbye!"),
     (("How are you?", "How do you do?", "Are you well?", "How is it going?"), "I am fine."),
-)  # fmt: skip
+)
 
 SYSTEMS = (
     "You are a helpful assistant.",
@@ -336,11 +369,23 @@ UNKNOWN = (
     "{noise} {noise}",
 )
 
-PLACES = "France Spain Italy Japan Paris London Berlin Rome China Kenya Peru Canada India Egypt Norway Texas Madrid Oslo".split()
-PERSONS = "Anna Tom Einstein Napoleon Maria Mozart Newton Obama Peter Laura Darwin Plato Elvis Bob Alice John".split()
-ANIMALS = "dog cat bird horse fish mouse elephant lion cow sheep duck rabbit monkey tiger frog snake bear".split()
-THINGS = """house car tree bread music piano computer phone table chair book river mountain bicycle train water coffee
-    window door engine love money time history football hat shirt bridge boat plane lamp clock flower""".split()
+PLACES = (
+    "France", "Spain", "Italy", "Japan", "Paris", "London", "Berlin", "Rome", "China", "Kenya", "Peru", "Canada",
+    "India", "Egypt", "Norway", "Texas", "Madrid", "Oslo",
+)  # fmt: skip
+PERSONS = (
+    "Anna", "Tom", "Einstein", "Napoleon", "Maria", "Mozart", "Newton", "Obama", "Peter", "Laura", "Darwin",
+    "Plato", "Elvis", "Bob", "Alice", "John",
+)  # fmt: skip
+ANIMALS = (
+    "dog", "cat", "bird", "horse", "elephant", "lion", "cow", "duck", "rabbit", "monkey", "tiger", "frog", "snake",
+    "bear",
+)  # fmt: skip
+THINGS = (
+    "house", "car", "tree", "bread", "music", "piano", "computer", "phone", "table", "chair", "book", "river",
+    "mountain", "bicycle", "train", "water", "coffee", "window", "door", "engine", "love", "money", "time",
+    "history", "football", "hat", "shirt", "bridge", "boat", "plane", "lamp", "clock", "flower",
+)  # fmt: skip
 
 _WORD = re.compile(r"[a-z]+")
 _FIELD = re.compile(r"\{\w+\}")

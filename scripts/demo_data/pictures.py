@@ -1,4 +1,4 @@
-"""The painter of training and validation pictures: drawn by PIL at twice the size, then scaled down, then worn a little."""
+"""The painter of training and validation pictures: PIL at twice the size, then scaled down and worn a little."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from demo_data.scenes import IMAGE_SIZE, Background, Glyph, Lettering, Rgb, Scene, Shape, Style, mix
+from demo_data.scenes import ANCHORS, IMAGE_SIZE, WORDS, Background, Glyph, Lettering, Rgb, Scene, Shape, Style, mix
 
 SCALE = 2
 _TINTS: tuple[Rgb, ...] = (
@@ -64,7 +64,7 @@ def corners(shape: Shape, scale: float, stretch: float = 1.0) -> list[tuple[floa
 
 
 def background(rng: random.Random) -> Background:
-    """Mostly light and plain, sometimes tinted, graded or dark."""
+    """Mostly light and plain, sometimes tinted, graded, patchy or dark."""
     chance = rng.random()
     if chance < 0.12:
         first = mix(rng, _DARKS, 6)
@@ -72,6 +72,8 @@ def background(rng: random.Random) -> Background:
     first = mix(rng, _TINTS if rng.random() < 0.4 else _LIGHTS, 4)
     if chance < 0.3:
         return Background("gradient", first, mix(rng, _TINTS + _LIGHTS, 4))
+    if chance < 0.42:
+        return Background("mosaic", first, tuple(max(0, v - rng.randint(5, 25)) for v in first))  # type: ignore[arg-type]
     return Background("plain", first, first)
 
 
@@ -93,7 +95,7 @@ def extent(character: str, size: int, stroke: int) -> tuple[float, tuple[float, 
 def lettering(rng: random.Random, text: str, colour: str, rgb: Rgb) -> Lettering:
     """Text of a random size, weight, spacing and slant, at a random place."""
     room = (IMAGE_SIZE - 8) * SCALE
-    size = rng.randint(40, max(46, min(104, int(room / (0.64 * len(text))))))
+    size = rng.randint(42, max(48, min(104, int(room / (0.64 * len(text))))))
     stroke, tracking = rng.choice((0, 0, 0, 1, 1, 2)), rng.uniform(0, 5)
     widths = [extent(c, size, stroke)[0] + tracking + stroke for c in text]
     top, bottom = (f(extent(c, size, stroke)[1][i] for c in text) for f, i in ((min, 1), (max, 3)))
@@ -105,28 +107,40 @@ def lettering(rng: random.Random, text: str, colour: str, rgb: Rgb) -> Lettering
         glyphs.append(Glyph(character, x / SCALE, (y + box[1]) / SCALE, (x + width) / SCALE, (y + box[3]) / SCALE))
         x += width
     laid = tuple(glyphs)
-    if rng.random() < 0.5:
-        return Lettering(text, colour, rgb, laid, size, stroke, None, "default")
-    warp = slant(rng, laid, rng.uniform(-9, 9), rng.uniform(-0.2, 0.2))
-    return Lettering(text, colour, rgb, tuple(moved(g, warp) for g in laid), size, stroke, warp, "default")
+    face = "coarse" if rng.random() < 0.2 else "smooth"
+    warp = None if rng.random() < 0.4 else fitting_slant(rng, laid)
+    if warp is not None:
+        laid = tuple(moved(glyph, warp) for glyph in laid)
+    return Lettering(text, colour, rgb, laid, size, stroke, warp, face)
+
+
+def fitting_slant(rng: random.Random, glyphs: tuple[Glyph, ...]) -> tuple[float, ...] | None:
+    """A slant that keeps all glyphs in the picture, or None where a few tries found none."""
+    for _ in range(4):
+        warp = slant(rng, glyphs, rng.uniform(-9, 9), rng.uniform(-0.2, 0.2))
+        boxes = [moved(glyph, warp) for glyph in glyphs]
+        low = min(min(box.left, box.top) for box in boxes)
+        if low > 2 and max(max(box.right, box.bottom) for box in boxes) < IMAGE_SIZE - 2:
+            return warp
+    return None
 
 
 def slant(rng: random.Random, glyphs: tuple[Glyph, ...], angle: float, shear: float) -> tuple[float, ...]:
     """An affine map, output to source, that turns and shears about the middle of the text."""
     cx, cy = (glyphs[0].left + glyphs[-1].right) / 2, (glyphs[0].top + glyphs[0].bottom) / 2
-    wide, high = rng.uniform(0.95, 1.2), rng.uniform(0.9, 1.1)
+    wide, high = rng.uniform(0.85, 1.35), rng.uniform(0.9, 1.15)
     a = math.radians(angle)
     m = (math.cos(a) * wide, (math.sin(a) + shear) * wide, -math.sin(a) * high, math.cos(a) * high)
     return m[0], m[1], cx - m[0] * cx - m[1] * cy, m[2], m[3], cy - m[2] * cx - m[3] * cy
 
 
 def moved(glyph: Glyph, warp: tuple[float, ...]) -> Glyph:
-    """The box of a glyph after the picture is warped; its size is kept."""
+    """The upright box of a glyph after the picture is warped."""
     a, b, c, d, e, f = warp
     x, y = (glyph.left + glyph.right) / 2 - c, (glyph.top + glyph.bottom) / 2 - f
     det = a * e - b * d
     u, v = (e * x - b * y) / det, (a * y - d * x) / det
-    w, h = (glyph.right - glyph.left) / 2, (glyph.bottom - glyph.top) / 2
+    w, h = (glyph.right - glyph.left) / 2 * abs(e / det), (glyph.bottom - glyph.top) / 2 * abs(a / det)
     return Glyph(glyph.character, u - w, v - h, u + w, v + h)
 
 
@@ -135,7 +149,8 @@ def unmoved(glyph: Glyph, warp: tuple[float, ...]) -> tuple[float, float]:
     a, b, c, d, e, f = warp
     u, v = (glyph.left + glyph.right) / 2, (glyph.top + glyph.bottom) / 2
     x, y = a * u + b * v + c, d * u + e * v + f
-    return x - (glyph.right - glyph.left) / 2, y - (glyph.bottom - glyph.top) / 2
+    det = a * e - b * d
+    return x - (glyph.right - glyph.left) / 2 * abs(det / e), y - (glyph.bottom - glyph.top) / 2 * abs(det / a)
 
 
 def paint(rng: random.Random, scene: Scene) -> np.ndarray:
@@ -161,11 +176,18 @@ def paint_large(rng: random.Random, scene: Scene, scale: int, shrink: int) -> np
 def _canvas(rng: random.Random, ground: Background, side: int) -> Image.Image:
     if ground.kind == "plain":
         return Image.new("RGB", (side, side), ground.first)
-    mask = Image.linear_gradient("L").resize((side, side))
+    mask = _mosaic(rng, side) if ground.kind == "mosaic" else Image.linear_gradient("L").resize((side, side))
     if rng.random() < 0.5:
         mask = mask.transpose(Image.Transpose.ROTATE_90)
     first, second = (Image.new("RGB", (side, side), c) for c in (ground.first, ground.second))
     return Image.composite(second, first, mask)
+
+
+def _mosaic(rng: random.Random, side: int) -> Image.Image:
+    """Random patches, sharp or soft, of a random size."""
+    across, down = rng.randint(2, 24), rng.randint(2, 24)
+    small = Image.frombytes("L", (across, down), rng.randbytes(across * down))
+    return small.resize((side, side), rng.choice((Image.Resampling.NEAREST, Image.Resampling.BILINEAR)))
 
 
 def _draw_bars(rng: random.Random, draw: ImageDraw.ImageDraw, scene: Scene, scale: int) -> None:
@@ -189,11 +211,20 @@ def _draw_lettering(picture: Image.Image, text: Lettering, scale: int) -> None:
         x, y = (glyph.left, glyph.top) if text.warp is None else unmoved(glyph, text.warp)
         rise = extent(glyph.character, size, stroke)[1][1]
         draw.text((x * scale, y * scale - rise), glyph.character, 255, font(size), stroke_width=stroke)
+    if text.face == "coarse":
+        mask = coarsened(mask, text.size * scale / SCALE)
     if text.warp is not None:
         a, b, c, d, e, f = text.warp
         matrix = (a, b, c * scale, d, e, f * scale)
         mask = mask.transform(mask.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     picture.paste(text.rgb, mask=mask)
+
+
+def coarsened(mask: Image.Image, size: float) -> Image.Image:
+    """The lettering as if it were drawn on a raster of about eleven dots a line."""
+    dots = max(8, round(mask.width * 13 / size))
+    small = mask.resize((dots, dots), Image.Resampling.BOX).point([0] * 105 + [255] * 151)
+    return small.resize(mask.size, Image.Resampling.NEAREST)
 
 
 def worn(rng: random.Random, picture: Image.Image) -> np.ndarray:
@@ -213,9 +244,11 @@ def worn(rng: random.Random, picture: Image.Image) -> np.ndarray:
 
 TRAINING = Style(
     background=background,
+    anchors=ANCHORS,
     jitter=8,
     tilt=16.0,
     radii={0: (9, 20), 1: (9, 26), 2: (8, 22), 3: (7.5, 18), 4: (7, 15), 5: (7, 14)},
+    words=WORDS,
     lettering=lettering,
     paint=paint,
 )

@@ -52,32 +52,42 @@ FAMILIES: dict[Split, Family] = {
     "heldout": Family(heldout.STYLE, {**phrases.QUESTIONS, **heldout.QUESTIONS}, False),
 }
 
-Composer = Callable[[random.Random, Family], tuple[tuple[Scene, ...], list[Chain]]]
+Chains = list[Chain]
+Composed = tuple[tuple[Scene, ...], tuple[Chains, ...]]
+Composer = Callable[[random.Random, Family], Composed]
 
 
-def _shapes(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
-    count = rng.choices(range(scenes.MAX_SHAPES + 1), (2, 10, 16, 24, 24, 24))[0]
-    return _with_chains(rng, family, scenes.compose_shapes(rng, family.style, count))
+def _one(rng: random.Random, family: Family, scene: Scene) -> Composed:
+    return (scene,), ([*_about(rng, family, scene), (dialogues.talk(Asker(rng, family.phrases)),)],)
 
 
-def _lettering(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
-    return _with_chains(rng, family, scenes.compose_lettering(rng, family.style))
-
-
-def _chart(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
-    return _with_chains(rng, family, scenes.compose_chart(rng, family.style))
-
-
-def _mixed(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
-    return _with_chains(rng, family, scenes.compose_mixed(rng, family.style))
-
-
-def _with_chains(rng: random.Random, family: Family, scene: Scene) -> tuple[tuple[Scene, ...], list[Chain]]:
+def _about(rng: random.Random, family: Family, scene: Scene) -> Chains:
     ask = Asker(rng, family.phrases)
-    return (scene,), [*dialogues.about_one(ask, scene), (dialogues.unknown(ask),), (dialogues.talk(ask),)]
+    return [*dialogues.about_one(ask, scene), (dialogues.unknown(ask),)]
 
 
-def _pair(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
+def _some_shapes(rng: random.Random, family: Family) -> Scene:
+    count = rng.choices(range(scenes.MAX_SHAPES + 1), (2, 10, 16, 24, 24, 24))[0]
+    return scenes.compose_shapes(rng, family.style, count)
+
+
+def _shapes(rng: random.Random, family: Family) -> Composed:
+    return _one(rng, family, _some_shapes(rng, family))
+
+
+def _lettering(rng: random.Random, family: Family) -> Composed:
+    return _one(rng, family, scenes.compose_lettering(rng, family.style))
+
+
+def _chart(rng: random.Random, family: Family) -> Composed:
+    return _one(rng, family, scenes.compose_chart(rng, family.style))
+
+
+def _mixed(rng: random.Random, family: Family) -> Composed:
+    return _one(rng, family, scenes.compose_mixed(rng, family.style))
+
+
+def _pair(rng: random.Random, family: Family) -> Composed:
     first = scenes.compose_shapes(rng, family.style, rng.randint(1, scenes.MAX_SHAPES))
     changed = None
     if rng.random() < 0.4:
@@ -86,33 +96,47 @@ def _pair(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[C
     else:
         second = scenes.compose_shapes(rng, family.style, rng.randint(1, scenes.MAX_SHAPES))
     pair = first, second
-    return pair, list(dialogues.about_two(Asker(rng, family.phrases), pair, changed))
+    return pair, (list(dialogues.about_two(Asker(rng, family.phrases), pair, changed)),)
 
 
-def _nothing(rng: random.Random, family: Family) -> tuple[tuple[Scene, ...], list[Chain]]:
-    return (), list(dialogues.without_picture(Asker(rng, family.phrases)))
+def _one_more(rng: random.Random, family: Family) -> Composed:
+    """A second picture comes after some turns about the first: what is asked then is about the second, or both."""
+    first, second = (
+        _some_shapes(rng, family) if rng.random() < 0.6 else scenes.compose_lettering(rng, family.style)
+        for _ in range(2)
+    )
+    later = _about(rng, family, second)
+    if first.lettering is None and second.lettering is None:
+        later += dialogues.about_two(Asker(rng, family.phrases), (first, second), None)
+    return (first, second), (_about(rng, family, first), later)
 
 
-COMPOSERS: dict[str, tuple[float, int, Composer]] = {
-    "shapes": (0.46, 1, _shapes),
-    "lettering": (0.26, 1, _lettering),
-    "chart": (0.08, 1, _chart),
-    "mixed": (0.06, 1, _mixed),
-    "pair": (0.11, 2, _pair),
-    "nothing": (0.03, 0, _nothing),
-}
+def _nothing(rng: random.Random, family: Family) -> Composed:
+    return (), (list(dialogues.without_picture(Asker(rng, family.phrases))),)
+
+
+COMPOSERS: tuple[tuple[float, int, Composer], ...] = (
+    (0.46, 1, _shapes),
+    (0.28, 1, _lettering),
+    (0.08, 1, _chart),
+    (0.05, 1, _mixed),
+    (0.08, 2, _pair),
+    (0.03, 2, _one_more),
+    (0.02, 0, _nothing),
+)
 
 
 def dialogue(rng: random.Random, split: Split, pictures: int | None = None) -> Dialogue:
     """Scenes and turns without painting; `pictures` asks for samples with just so many pictures."""
     family = FAMILIES[split]
-    rows = [row for row in COMPOSERS.values() if pictures in (None, row[1])]
-    compose = rng.choices(rows, [row[0] for row in rows])[0][2]
-    shown, chains = compose(rng, family)
-    turns = list(dialogues.choose(rng, chains))
-    if family.dressed:
-        turns = [replace(turn, question=dialogues.dress(rng, turn.question)) for turn in turns]
-    turns[0] = replace(turns[0], pictures=len(shown))
+    rows = [row for row in COMPOSERS if pictures in (None, row[1])]
+    shown, groups = rng.choices(rows, [row[0] for row in rows])[0][2](rng, family)
+    turns: list[Turn] = []
+    for chains in groups:
+        part = dialogues.choose(rng, chains, 1 / len(groups))
+        if family.dressed:
+            part = tuple(replace(turn, question=dialogues.dress(rng, turn.question)) for turn in part)
+        turns += [replace(part[0], pictures=len(shown) // len(groups)), *part[1:]]
     system = rng.choice(phrases.SYSTEMS) if rng.random() < 0.08 else None
     return Dialogue(shown, tuple(turns), system)
 

@@ -39,14 +39,17 @@ BAR_CLASS = 1 + len(SHAPES)
 DENSE_CLASSES = (SHAPE_CLASSES, COLOUR_CLASSES, CENTRE_CLASSES)
 
 MAX_SHAPES = 5
-WORDS = tuple(
-    """cat dog cup hat sun sky sea box bus car key map pen pin pot fox owl bee cow hen pig ant bat egg jam tea ice
-    oil bag bed bow jar leg arm ear eye lip toe fig nut pea rye ham pie bun sax zip web wax van tub tap rug ram rod
-    fish bird tree leaf lake moon rain snow wind fire gold iron jazz king lion milk nest park quiz road ship sofa taxi
-    wolf yoga zoo desk door duck farm film frog game gate goat hand harp home hook kite lamp mask maze menu nose oven
-    path pear pond rice ring rope salt sand seed shoe silk soap sock soup stop exit open taxi tent tide toy vase wave
-    go up ok hi ox pi we me my us""".split()
-)
+WORDS = (
+    "cat", "dog", "cup", "hat", "sun", "sky", "sea", "box", "bus", "car", "key", "map", "pen", "pin", "pot", "fox",
+    "owl", "bee", "cow", "hen", "pig", "ant", "bat", "egg", "jam", "tea", "ice", "oil", "bag", "bed", "bow", "jar",
+    "leg", "arm", "ear", "eye", "lip", "toe", "fig", "nut", "pea", "rye", "ham", "pie", "bun", "sax", "zip", "web",
+    "wax", "van", "tub", "tap", "rug", "ram", "rod", "fish", "bird", "tree", "leaf", "lake", "moon", "rain", "snow",
+    "wind", "fire", "gold", "iron", "jazz", "king", "lion", "milk", "nest", "park", "quiz", "road", "ship", "sofa",
+    "wolf", "yoga", "zoo", "desk", "door", "duck", "farm", "film", "frog", "game", "gate", "goat", "hand", "harp",
+    "home", "hook", "kite", "lamp", "mask", "maze", "menu", "nose", "oven", "path", "pear", "pond", "rice", "ring",
+    "rope", "salt", "sand", "seed", "shoe", "silk", "soap", "sock", "soup", "stop", "exit", "open", "taxi", "tent",
+    "tide", "toy", "vase", "wave", "go", "up", "ok", "hi", "ox", "pi", "we", "me", "my", "us",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +138,11 @@ class Style:
     """How one family of pictures differs from another: composing and painting are its functions."""
 
     background: Callable[[random.Random], Background]
+    anchors: dict[str, tuple[Rgb, ...]]
     jitter: int
     tilt: float
     radii: dict[int, tuple[float, float]]
+    words: tuple[str, ...]
     lettering: Callable[[random.Random, str, str, Rgb], Lettering]
     paint: Callable[[random.Random, Scene], np.ndarray]
 
@@ -159,7 +164,7 @@ def ink(rng: random.Random, style: Style, background: Background, colour: str | 
     """A colour name and a tone of it that can be seen; another colour is taken where the wished one cannot."""
     for attempt in range(200):
         name = colour if colour is not None and attempt < 20 else rng.choice(COLOURS)
-        rgb = mix(rng, ANCHORS[name], style.jitter)
+        rgb = mix(rng, style.anchors[name], style.jitter)
         if visible(rgb, background):
             return name, rgb
     raise AssertionError(f"no colour is visible on {background}")
@@ -168,8 +173,7 @@ def ink(rng: random.Random, style: Style, background: Background, colour: str | 
 def compose_shapes(rng: random.Random, style: Style, count: int, top: float = 0.0) -> Scene:
     """A scene of `count` shapes that do not touch, in the part of the picture below `top`."""
     background = style.background(rng)
-    kinds = rng.sample(SHAPES, 2) if rng.random() < 0.3 else SHAPES
-    palette = rng.sample(COLOURS, 3) if rng.random() < 0.3 else COLOURS
+    kinds, palette = _pool(rng, SHAPES, 2, count), _pool(rng, COLOURS, 3, count)
     shapes: tuple[Shape, ...] = ()
     while len(shapes) < count:
         free = _place(rng, style, shapes, count, top)
@@ -177,9 +181,17 @@ def compose_shapes(rng: random.Random, style: Style, count: int, top: float = 0.
             shapes = shapes[:-1]
             continue
         x, y, radius = free
-        colour, rgb = ink(rng, style, background, rng.choice(palette))
-        shapes += (Shape(rng.choice(kinds), colour, rgb, x, y, radius, rng.uniform(-style.tilt, style.tilt)),)
+        colour, rgb = ink(rng, style, background, palette[len(shapes)])
+        shapes += (Shape(kinds[len(shapes)], colour, rgb, x, y, radius, rng.uniform(-style.tilt, style.tilt)),)
     return Scene(background, shapes)
+
+
+def _pool(rng: random.Random, known: tuple[str, ...], few: int, count: int) -> list[str]:
+    """`count` names: all different, or from few, or any."""
+    chance = rng.random()
+    if chance < 0.35:
+        return rng.sample(known, count)
+    return rng.choices(rng.sample(known, few) if chance < 0.55 else known, k=count)
 
 
 def _place(
@@ -214,7 +226,7 @@ def change(rng: random.Random, style: Style, scene: Scene) -> tuple[Scene, str, 
 def compose_lettering(rng: random.Random, style: Style) -> Scene:
     """A number, or a word."""
     background = style.background(rng)
-    text = number(rng) if rng.random() < 0.5 else word(rng)
+    text = number(rng) if rng.random() < 0.5 else word(rng, style.words)
     colour, rgb = ink(rng, style, background, rng.choice(COLOURS))
     return Scene(background, lettering=style.lettering(rng, text, colour, rgb))
 
@@ -225,11 +237,18 @@ def number(rng: random.Random) -> str:
     return str(rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
 
 
-def word(rng: random.Random) -> str:
-    """A short word, in small or capital letters, or two or three capital letters that make no word."""
-    if rng.random() < 0.45:
-        return "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(rng.choice((1, 2, 3))))
-    chosen = rng.choice(WORDS)
+def word(rng: random.Random, words: tuple[str, ...]) -> str:
+    """A short word in small or capital letters, or a few letters that make no word."""
+    chance = rng.random()
+    if chance < 0.3:
+        return "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=rng.choice((1, 2, 3))))
+    if chance < 0.5:
+        return (
+            rng.choice("bdfghkmnprstwz")
+            + rng.choice("aeou")
+            + "".join(rng.choices("bcdefgkmnpqrstuvxyz", k=rng.choice((1, 2))))
+        )
+    chosen = rng.choice(words)
     return chosen.upper() if rng.random() < 0.5 else chosen
 
 
@@ -262,7 +281,7 @@ def _heights(rng: random.Random, count: int, tallest: float) -> list[float]:
 def compose_mixed(rng: random.Random, style: Style) -> Scene:
     """A short number or word in the upper part and one to three shapes below."""
     scene = compose_shapes(rng, style, rng.choice((1, 1, 2, 3)), top=44.0)
-    text = number(rng) if rng.random() < 0.6 else word(rng)
+    text = number(rng) if rng.random() < 0.6 else word(rng, style.words)
     colour, rgb = ink(rng, style, scene.background, rng.choice(COLOURS))
     lettering = style.lettering(rng, text, colour, rgb)
     lowest = max(glyph.bottom for glyph in lettering.glyphs)
@@ -289,7 +308,8 @@ def dense(scene: Scene) -> np.ndarray:
 
 def _mark(labels: np.ndarray, kind: int, colour: str, box: tuple[float, float, float, float]) -> None:
     left, top, right, bottom = box
-    rows, columns = (_CENTRES >= top) & (_CENTRES <= bottom), (_CENTRES >= left) & (_CENTRES <= right)
+    rows = np.abs(_CENTRES - (top + bottom) / 2) <= (bottom - top) / 2
+    columns = np.abs(_CENTRES - (left + right) / 2) <= (right - left) / 2
     covered = rows[:, None] & columns[None, :]
     row, column = (min(GRID - 1, max(0, int(v // PATCH))) for v in ((top + bottom) / 2, (left + right) / 2))
     covered[row, column] = True

@@ -58,7 +58,9 @@ def frequent_words(splitter: pre_tokenizers.PreTokenizer, room: int) -> list[str
     for index in range(CORPUS):
         drawn = dialogue_at("train", index)
         texts = [drawn.system or "", *(f"{turn.question}{END}{turn.answer}" for turn in drawn.turns)]
-        counts.update(piece for text in texts for part in text.split(END) for piece, _ in splitter.pre_tokenize_str(part))
+        counts.update(
+            piece for text in texts for part in text.split(END) for piece, _ in splitter.pre_tokenize_str(part)
+        )
     kept = template_words()
     ranked = sorted((p for p in counts if len(p) > 1 and p.lstrip("Ġ").lower() in kept), key=lambda p: (-counts[p], p))
     return ranked[:room]
