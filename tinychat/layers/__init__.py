@@ -1,0 +1,1 @@
+"""Modules that know no model: linear, attention, KV cache, rotary positions, norm, tensor parallelism."""

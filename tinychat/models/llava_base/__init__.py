@@ -1,0 +1,1 @@
+"""The vision-language layer under VILA and LLaVA models."""

@@ -1,0 +1,202 @@
+"""The two base classes of LLaVA-shaped models: who owns tower and projector, and how pictures enter a prompt.
+
+Signatures follow LLaVA's and llm-awq's `llava_arch`; the fusion itself is in tinychat.models.vila_fusion.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tinychat.config import ProjectorConfig, VilaConfig, VisionConfig
+from tinychat.errors import ModelError, UsageError
+from tinychat.models import vila_fusion
+from tinychat.models.projector import Projector
+from tinychat.models.vila_fusion import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tinychat.models.vision_tower import VisionTower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_PATCH_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<im_patch>", "<im_start>", "<im_end>"
+Multimodal = tuple[Tensor | None, Tensor | None, Tensor | None, Any, Tensor | None, Tensor | None]
+
+
+class LlavaMetaModel:
+    """Owns the vision tower and the projector."""
+
+    config: VilaConfig
+    vision_tower: VisionTower | None
+    mm_projector: Projector | None
+
+    def __init__(self, config: VilaConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]  # a mixin: the next class in line takes the config
+        self.build_vision(config.vision, config.projector)
+
+    def build_vision(self, vision: VisionConfig | None, projector: ProjectorConfig | None) -> None:
+        """Make the tower and the projector with empty parameters; None leaves them out."""
+        self.vision_tower = VisionTower(vision) if vision else None
+        self.mm_projector = Projector(projector) if projector else None
+
+    def get_vision_tower(self) -> nn.Module | None:
+        """The tower, or None for a text-only model. A list (as FSDP wraps it) is opened."""
+        tower: Any = self.vision_tower
+        return tower[0] if isinstance(tower, (list, tuple)) else tower
+
+    def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
+        """Set up tower and projector for training from LLaVA's model_args (any object with these attributes).
+
+        mm_vision_tower (a VisionConfig or a dict as in a tower's config.json), mm_projector_type,
+        mm_vision_select_layer, mm_vision_select_feature, pretrain_mm_mlp_adapter (a projector's weights). With `fsdp`
+        (a non-empty sequence) the tower is hidden from FSDP in a list. What exists already is kept, only unfrozen.
+        """
+        self._note_vision_args(model_args)
+        if self.get_vision_tower() is None:
+            self.build_vision(self.config.vision, None)
+        if self.mm_projector is None:
+            projector = self.config.projector
+            if projector is None:
+                raise UsageError("model_args name no vision tower", "set mm_vision_tower to a tower's config")
+            self.mm_projector = Projector(projector)
+        self.mm_projector.requires_grad_(True)
+        if fsdp:
+            tower = self.get_vision_tower()
+            del self.vision_tower
+            self.vision_tower = [tower]  # type: ignore[assignment]  # a list: FSDP must not see the frozen tower
+        if adapter := getattr(model_args, "pretrain_mm_mlp_adapter", None):
+            self.load_projector(Path(adapter))
+
+    def _note_vision_args(self, model_args: Any) -> None:
+        config = self.config
+        tower = getattr(model_args, "mm_vision_tower", None)
+        if tower is not None and config.vision_tower_cfg is None:
+            config.vision_tower_cfg = tower if isinstance(tower, dict) else tower.to_dict()
+        for name in ("mm_vision_select_layer", "mm_vision_select_feature", "mm_use_im_start_end"):
+            if (value := getattr(model_args, name, None)) is not None:
+                setattr(config, name, value)
+        if config.mm_projector_cfg is None:
+            config.mm_projector_cfg = {"mm_projector_type": getattr(model_args, "mm_projector_type", "linear")}
+
+    def load_projector(self, path: Path) -> None:
+        """Fill the projector from an adapter file (weights_only); names are taken from after `mm_projector.`."""
+        assert self.mm_projector is not None
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        named = {key.partition("mm_projector.")[2]: value for key, value in state.items() if "mm_projector." in key}
+        named = {key if key.startswith("layers.") else f"layers.{key}": value for key, value in named.items()}
+        wanted = self.mm_projector.state_dict()
+        if named.keys() != wanted.keys():
+            raise ModelError(f"{path} holds {sorted(named)}, the projector has {sorted(wanted)}", "give a fitting one")
+        self.mm_projector.load_state_dict(named)
+
+
+class LlavaMetaForCausalLM(ABC):
+    """Mixin of a causal language model that takes pictures."""
+
+    config: VilaConfig
+
+    @abstractmethod
+    def get_model(self) -> Any:
+        """The module that owns the tower, the projector and the embeddings."""
+
+    def get_vision_tower(self) -> nn.Module | None:
+        return self.get_model().get_vision_tower()
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> embeddings `[..., D]`."""
+        return self.get_input_embeddings()(ids)  # type: ignore[attr-defined]  # every PreTrainedModel has it
+
+    def encode_images(self, images: Tensor | list[Tensor]) -> Tensor:
+        """(B, C, H, W), 5-D (B, n, C, H, W) or a list of (C, H, W) or (n, C, H, W) -> features `[N, n, D]`.
+
+        N counts the pictures in order. Raises ModelError for a text-only model.
+        """
+        return self._encode(images)[0]
+
+    def _encode(self, images: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:
+        """The features of all pictures, and how many pictures each element of `images` held."""
+        tower, model = self.get_vision_tower(), self.get_model()
+        if tower is None or model.mm_projector is None:
+            raise ModelError("this model reads text only", "choose a vision-language model to ask about pictures")
+        if isinstance(images, Tensor) and images.dim() == 4:
+            return model.mm_projector(tower(images)), [1] * len(images)
+        groups = [image[None] if image.dim() == 3 else image for image in images]
+        return model.mm_projector(tower(torch.cat(groups))), [len(group) for group in groups]
+
+    def prepare_inputs_labels_for_multimodal(
+        self,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Tensor | list[Tensor] | None,
+    ) -> Multimodal:
+        """Ids with IMAGE_TOKEN_INDEX and pictures -> (None, position_ids, attention_mask, past, embeds, labels).
+
+        Without pictures, or for one token after a prefill, the inputs come back as they are with embeds None. What
+        was None stays None, but for a mask where rows of unequal length had to be padded. Rows are cut to
+        config.tokenizer_model_max_length and padded on config.tokenizer_padding_side; picture and padding positions
+        have the label IGNORE_INDEX. Raises UsageError where placeholders and pictures differ in number.
+        """
+        if images is None or input_ids is None or (input_ids.shape[1] == 1 and past_key_values is not None):
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        batch = self.fuse(input_ids, attention_mask, labels, images)
+        mask = None
+        if attention_mask is not None or not bool(batch.mask.all()):
+            mask = batch.mask.to(attention_mask.dtype if attention_mask is not None else torch.bool)
+        positions = batch.position_ids if position_ids is not None else None
+        return None, positions, mask, past_key_values, batch.embeds, batch.labels if labels is not None else None
+
+    def fuse(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Tensor | list[Tensor],
+    ) -> vila_fusion.Batch:
+        """ids `[B, T]` with placeholders, and pictures -> one padded batch of embeddings; see the method above."""
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+        features, counts = self._encode(images)
+        placeholders = int((input_ids[keep] == IMAGE_TOKEN_INDEX).sum())
+        blocks = iter(vila_fusion.split_blocks(counts, features, placeholders))
+        text = self.embed_text(input_ids.clamp(min=0))
+        rows = [
+            vila_fusion.fuse_row(input_ids[i][keep[i]], targets[i][keep[i]], text[i][keep[i]], blocks)
+            for i in range(len(input_ids))
+        ]
+        return vila_fusion.pad_rows(rows, self.config.tokenizer_model_max_length, self.config.tokenizer_padding_side)
+
+    def initialize_vision_tokenizer(self, model_args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Add LLaVA's picture tokens to tokenizer and embeddings; new rows are the mean of the old ones.
+
+        mm_use_im_patch_token adds <im_patch>, mm_use_im_start_end adds <im_start> and <im_end>; with
+        pretrain_mm_mlp_adapter the latter two rows are read from that file (`model.embed_tokens.weight`).
+        """
+        if getattr(model_args, "mm_use_im_patch_token", False):
+            self._add_tokens(tokenizer, [IMAGE_PATCH_TOKEN])
+        if getattr(model_args, "mm_use_im_start_end", False):
+            added = self._add_tokens(tokenizer, [IMAGE_START_TOKEN, IMAGE_END_TOKEN])
+            if added and (adapter := getattr(model_args, "pretrain_mm_mlp_adapter", None)):
+                self._copy_token_rows(Path(adapter), added)
+
+    def _add_tokens(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
+        added = tokenizer.add_tokens(tokens, special_tokens=True)
+        self.resize_token_embeddings(len(tokenizer))  # type: ignore[attr-defined]  # every PreTrainedModel has it
+        return added
+
+    @torch.no_grad()
+    def _copy_token_rows(self, path: Path, count: int) -> None:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        rows = state["model.embed_tokens.weight"]
+        table: Tensor = self.get_input_embeddings().weight  # type: ignore[attr-defined]
+        if rows.shape[1] != table.shape[1] or len(rows) not in (count, len(table)):
+            raise ModelError(
+                f"{path} holds embeddings {list(rows.shape)}, the model has {list(table.shape)} and {count} new rows",
+                "give an adapter that was trained with this model",
+            )
+        table[-count:] = rows[-count:].to(table.dtype)

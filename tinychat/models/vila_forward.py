@@ -1,0 +1,196 @@
+"""The wide `forward` of VilaLlamaForCausalLM, step by step: check, fuse, choose a cache, justify, run, restore.
+
+Rows with padding are brought to the front first (masked tokens take no position), so that the decoder and its cache
+never see padding; the results are put back where the caller's tokens stood.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tinychat.errors import UsageError
+from tinychat.layers.kv_cache import KVCache
+from tinychat.models.llama import DecoderOutput
+from tinychat.models.vila_fusion import IGNORE_INDEX, IMAGE_TOKEN_INDEX, gather, justify, unjustify
+
+if TYPE_CHECKING:
+    from tinychat.models.vila_llama import VilaLlamaForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardArgs:
+    """The arguments of VilaLlamaForCausalLM.forward; return_dict is the caller's."""
+
+    input_ids: Tensor | None
+    start_pos: int | Tensor | None
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    past_key_values: KVCache | None
+    inputs_embeds: Tensor | None
+    labels: Tensor | None
+    use_cache: bool | None
+    output_attentions: bool
+    output_hidden_states: bool
+    images: Tensor | list[Tensor] | None
+    special_token: bool
+    chunk_prefilling: bool
+
+    def check(self) -> None:
+        """Raise UsageError for arguments that contradict each other."""
+        stateful = self.start_pos is not None or self.past_key_values is not None
+        images, wants_more = self.images is not None, self.output_attentions or self.output_hidden_states
+        chunks = self.chunk_prefilling
+        for wrong, message, remedy in (
+            ((self.input_ids is None) == (self.inputs_embeds is None), "input_ids or inputs_embeds", "give one of both"),
+            (self.inputs_embeds is not None and images, "inputs_embeds with images", "fuse them, or give input_ids"),
+            (self.use_cache is False and stateful, "use_cache=False with start_pos or a cache", "leave out one of both"),
+            (chunks and self.labels is not None, "labels with chunk_prefilling", "train without chunks"),
+            (chunks and wants_more, "states or attentions with chunk_prefilling", "run without chunks"),
+            (chunks and self.position_ids is not None, "position_ids with chunk_prefilling", "leave them out"),
+        ):
+            if wrong:
+                raise UsageError(f"forward cannot work with {message} like this", remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the decoder gets: embeds `[B, T, D]`, mask bool `[B, T]` or None (no padding), positions, labels."""
+
+    embeds: Tensor
+    mask: Tensor | None
+    position_ids: Tensor | None
+    labels: Tensor | None
+
+
+class Forward:
+    """One call of forward."""
+
+    def __init__(self, model: VilaLlamaForCausalLM, args: ForwardArgs) -> None:
+        args.check()
+        self.model = model
+        self.args = args
+
+    def run(self) -> CausalLMOutputWithPast:
+        """Everything in order."""
+        tokens = self._tokens()
+        cache = self._cache(len(tokens.embeds), tokens.embeds.shape[1])
+        starts = [0] * len(tokens.embeds) if cache is None else self._starts(cache)
+        if self.args.chunk_prefilling:
+            assert cache is not None
+            return CausalLMOutputWithPast(logits=self._prefill(tokens, cache, starts), past_key_values=cache)  # type: ignore[arg-type]
+        out = self._decode(tokens, cache, starts)
+        logits = self.model.llm.logits(out.hidden)
+        loss = None if tokens.labels is None else shifted_loss(logits, tokens.labels)
+        if tokens.mask is not None:
+            logits = logits * tokens.mask[..., None]
+        return CausalLMOutputWithPast(
+            loss=loss,  # type: ignore[arg-type]  # a scalar tensor
+            logits=logits,  # type: ignore[arg-type]
+            past_key_values=cache,  # type: ignore[arg-type]  # ours instead of transformers'
+            hidden_states=out.states,  # type: ignore[arg-type]
+            attentions=out.attentions,  # type: ignore[arg-type]
+        )
+
+    def _tokens(self) -> Tokens:
+        args, model = self.args, self.model
+        if args.inputs_embeds is not None:
+            return Tokens(args.inputs_embeds, self._mask(args.inputs_embeds), args.position_ids, args.labels)
+        assert args.input_ids is not None
+        self._check_placeholders(args.input_ids)
+        if args.images is None:
+            embeds = model.embed_text(args.input_ids)
+            return Tokens(embeds, self._mask(embeds), args.position_ids, args.labels)
+        batch = model.fuse(args.input_ids, args.attention_mask, args.labels, args.images)
+        mask = None if bool(batch.mask.all()) else batch.mask
+        positions = batch.position_ids if args.position_ids is not None else None
+        return Tokens(batch.embeds, mask, positions, batch.labels if args.labels is not None else None)
+
+    def _check_placeholders(self, ids: Tensor) -> None:
+        count = int((ids == IMAGE_TOKEN_INDEX).sum())
+        if self.args.special_token and not count:
+            raise UsageError(
+                "special_token=True, but input_ids hold no image placeholder",
+                f"put {IMAGE_TOKEN_INDEX} where a picture belongs, or pass special_token=False",
+            )
+        if count and self.args.images is None:
+            raise UsageError(f"the ids hold {count} image placeholders, 0 images came", "pass images")
+
+    def _mask(self, embeds: Tensor) -> Tensor | None:
+        """The mask of the new tokens; one that covers the past as well is cut."""
+        given = self.args.attention_mask
+        if given is None:
+            return None
+        mask = given[:, -embeds.shape[1] :].bool()
+        if tuple(mask.shape) != tuple(embeds.shape[:2]):
+            raise UsageError(
+                f"attention_mask has shape {list(given.shape)}, the tokens {list(embeds.shape[:2])}",
+                "give a mask of the tokens' shape, or of past and new tokens together",
+            )
+        return None if bool(mask.all()) else mask
+
+    def _cache(self, rows: int, count: int) -> KVCache | None:
+        args = self.args
+        if args.past_key_values is not None:
+            if not isinstance(args.past_key_values, KVCache) or len(args.past_key_values) != rows:
+                raise UsageError(f"past_key_values is not a KVCache of {rows} rows", "take one from model.make_cache")
+            return args.past_key_values
+        if args.start_pos is not None:
+            return self.model.owned_cache(rows, args.start_pos)
+        if args.use_cache:
+            return self.model.make_cache(rows)
+        return self.model.make_cache(rows, count) if args.chunk_prefilling else None
+
+    def _starts(self, cache: KVCache) -> list[int]:
+        starts = list(cache.lengths) if self.args.start_pos is None else cache.starts(self.args.start_pos)
+        cache.truncate([min(start, length) for start, length in zip(starts, cache.lengths, strict=True)])
+        if starts != cache.lengths:
+            raise UsageError(
+                f"start_pos is {starts}, the cache is filled to {cache.lengths}", "continue at the filled length"
+            )
+        return starts
+
+    def _prefill(self, tokens: Tokens, cache: KVCache, starts: list[int]) -> Tensor:
+        """Bounded chunks -> logits of each row's last unmasked token `[B, 1, V]`."""
+        if tokens.mask is None:
+            return self.model.prefill(tokens.embeds, cache, torch.tensor(starts))
+        order, counts = justify(tokens.mask), tokens.mask.sum(1).tolist()
+        embeds = gather(tokens.embeds, order)
+        rows = [self.model.prefill(embeds[i : i + 1, :n], cache.select([i]), starts[i]) for i, n in enumerate(counts)]
+        cache.advance(counts)
+        return torch.cat(rows)
+
+    def _decode(self, tokens: Tokens, cache: KVCache | None, starts: list[int]) -> DecoderOutput:
+        args, mask = self.args, tokens.mask
+        order = None if mask is None else justify(mask)
+        embeds, positions = tokens.embeds, tokens.position_ids
+        if order is not None:
+            embeds = gather(embeds, order)
+            positions = None if positions is None else gather(positions.expand(len(embeds), -1), order)
+        out = self.model.llm.model(embeds, starts, cache, positions, args.output_hidden_states, args.output_attentions)
+        if cache is not None:
+            cache.advance(embeds.shape[1] if mask is None else mask.sum(1).tolist())
+        return out if order is None or mask is None else _restore(out, order, mask)
+
+
+def _restore(out: DecoderOutput, order: Tensor, mask: Tensor) -> DecoderOutput:
+    """Results of justified rows back to where the caller's tokens stood."""
+    states = None if out.states is None else tuple(unjustify(state, order, mask) for state in out.states)
+    attentions = None
+    if out.attentions is not None:
+        if out.attentions[0].shape[3] != mask.shape[1]:
+            raise UsageError("attentions of padded rows need a start at 0", "leave the padding or the cache out")
+        attentions = tuple(unjustify(unjustify(a, order, mask, 2), order, mask, 3) for a in out.attentions)
+    return DecoderOutput(unjustify(out.hidden, order, mask), states, attentions)
+
+
+def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each next token, IGNORE_INDEX left out; logits `[B, T, V]`, labels `[B, T]`."""
+    if labels.shape != logits.shape[:2]:
+        raise UsageError(f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}", "give one a token")
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)

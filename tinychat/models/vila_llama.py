@@ -1,0 +1,228 @@
+"""VilaLlamaForCausalLM: decoder, vision tower and projector as one model, for every layout that tinychat reads.
+
+`forward` is the wide, familiar entrance; the engine uses the narrow one under it: embed, encode_images, prefill,
+decode, verify, make_cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tinychat.config import VilaConfig
+from tinychat.errors import ModelError, UsageError
+from tinychat.layers.kv_cache import KVCache, KVPool
+from tinychat.models import vila_fusion
+from tinychat.models.llama import LlamaForCausalLM
+from tinychat.models.llava_base.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from tinychat.models.vila_forward import Forward, ForwardArgs
+from tinychat.models.vila_fusion import IMAGE_TOKEN_INDEX
+
+CHUNK = 512  # tokens of a prefill chunk: activation memory does not grow with the prompt
+OWNED_CAPACITY = 4096  # tokens a row of a cache that nobody sized
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel):
+    """A Llama, Mistral or Qwen2 decoder that may look at pictures; llm, vision_tower, mm_projector are its parts."""
+
+    config_class = VilaConfig
+    base_model_prefix = "llm"
+    _no_split_modules = ["DecoderLayer", "CLIPEncoderLayer"]
+    _supports_sdpa = True
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        if not isinstance(config, VilaConfig):
+            config = VilaConfig(**config.to_dict())
+        PreTrainedModel.__init__(self, config)
+        self.init_vlm(config)
+        self.post_init()
+
+    def init_vlm(self, config: VilaConfig | None = None, *args: Any, **kwargs: Any) -> None:
+        """Make the three parts with empty parameters, once; later calls change nothing.
+
+        The dtype is config.dtype or VILA's config.model_dtype; without one, float16 on a CUDA default device and
+        float32 elsewhere. Raises UsageError for further arguments.
+        """
+        if args or kwargs:
+            raise UsageError(f"init_vlm got unknown arguments {[*args, *kwargs]}", "pass the config alone")
+        if hasattr(self, "llm"):
+            return
+        config = config or self.config
+        self._owned: KVCache | None = None
+        self.llm = LlamaForCausalLM(config.text)
+        self.build_vision(config.vision, config.projector)
+        dtype = _dtype_of(config, self.llm.lm_head.weight.device)
+        if dtype != self.llm.lm_head.weight.dtype:
+            self.to(dtype)
+
+    def freezed_module_patch(self) -> None:
+        """While training, keep the parts that are not tuned in eval mode (config.tune_vision_tower, _mm_projector)."""
+        if not self.training:
+            return
+        for part, tuned in ((self.vision_tower, "tune_vision_tower"), (self.mm_projector, "tune_mm_projector")):
+            if isinstance(part, nn.Module) and not getattr(self.config, tuned):
+                part.eval()
+
+    def forward(  # noqa: PLR0913  # the signature is llm-awq's
+        self,
+        input_ids: Tensor | None = None,
+        start_pos: int | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        return_dict: bool | None = None,
+        special_token: bool = False,
+        chunk_prefilling: bool = False,
+    ) -> tuple[Any, ...] | CausalLMOutputWithPast:
+        """input_ids `[B, T]` or inputs_embeds `[B, T, D]` -> logits fp32 `[B, T, V]`, `[B, 1, V]` if chunk_prefilling.
+
+        A picture is IMAGE_TOKEN_INDEX in input_ids and an entry of `images`; special_token=True demands one. Without
+        start_pos and past_key_values the call is stateless. start_pos (one, or `[B]`) is the first position written:
+        into past_key_values, else into a cache that the model owns, where 0 begins anew. Masked tokens, on either
+        side, take no position; their logits are 0. labels give the shifted cross-entropy, IGNORE_INDEX left out.
+        Raises UsageError for contradictory arguments, CapacityError for an overflow of the cache.
+        """
+        self.freezed_module_patch()
+        args = ForwardArgs(
+            input_ids, start_pos, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
+            bool(output_attentions), bool(output_hidden_states), images, special_token, chunk_prefilling,
+        )  # fmt: skip
+        output = Forward(self, args).run()
+        return output.to_tuple() if return_dict is False else output
+
+    # What the engine sees.
+
+    def embed(self, ids: Tensor, slots: Sequence[tuple[int, int]] = (), features: Sequence[Tensor] = ()) -> Tensor:
+        """ids `[T]`, slots (start, end) and their picture features `[n, D]` -> embeddings `[1, T, D]`."""
+        return vila_fusion.fill_slots(self.embed_text(ids), slots, features)[None]
+
+    def prefill(self, embeds: Tensor, cache: KVCache, start: int | Tensor, chunk: int = CHUNK) -> Tensor:
+        """embeds `[B, T, D]` written from position `start` in chunks -> logits of the last token `[B, 1, V]`."""
+        starts = cache.starts(start)
+        cache.check_room(starts, embeds.shape[1])
+        hidden = embeds
+        for piece in embeds.split(chunk, dim=1):
+            hidden = self._step(piece, cache, starts)
+            starts = [at + piece.shape[1] for at in starts]
+        return self.llm.logits(hidden[:, -1:])
+
+    def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """The newest token of each row `[B, 1]` -> logits `[B, 1, V]`, appended to the cache."""
+        return self.verify(ids, cache)
+
+    def verify(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """K tokens a row `[B, K]` appended to the cache -> logits after each `[B, K, V]`."""
+        return self.llm.logits(self._step(self.embed_text(ids), cache, list(cache.lengths)))
+
+    def make_cache(self, rows: int = 1, capacity: int | None = None) -> KVCache:
+        """An empty cache of the model's dtype; by default min(max_position_embeddings, 4096) tokens a row."""
+        text = self.llm.config
+        capacity = capacity or min(text.max_position_embeddings, OWNED_CAPACITY)
+        return KVPool(text, rows, capacity, self.dtype, self.device).take(rows)
+
+    def _step(self, embeds: Tensor, cache: KVCache, starts: list[int]) -> Tensor:
+        cache.truncate(starts)
+        hidden = self.llm.model(embeds, starts, cache).hidden
+        cache.advance(embeds.shape[1])
+        return hidden
+
+    # The cache that the model owns: a plain attribute, outside state_dict, pickle and deepcopy.
+
+    def owned_cache(self, rows: int, start: int | Tensor) -> KVCache:
+        """The model's own cache, emptied where start is 0. Raises UsageError where it holds too little."""
+        starts = [start] * rows if isinstance(start, int) else [int(s) for s in start]
+        if not any(starts) and (self._owned is None or len(self._owned) != rows):
+            self._owned = self.make_cache(rows)
+        if self._owned is None or len(self._owned) != rows:
+            raise UsageError(f"there is no cache of {rows} rows to continue from {starts}", "prefill with start_pos=0")
+        if any(start > length for start, length in zip(starts, self._owned.lengths, strict=True)):
+            raise UsageError(
+                f"start_pos is {starts}, the cache is filled to {self._owned.lengths}",
+                "continue at the filled length; rows of unequal length take start_pos=torch.tensor([...])",
+            )
+        return self._owned
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owned": None}
+
+    # What PreTrainedModel asks for.
+
+    def get_model(self) -> VilaLlamaForCausalLM:
+        return self
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.llm.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.llm.model.embed_tokens = value
+        self.llm.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.lm_head
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Embedding:
+        """Grow or shrink the vocabulary; new rows of embeddings and head are the mean of the old ones."""
+        if new_num_tokens is None or new_num_tokens == self.llm.config.vocab_size:
+            return self.get_input_embeddings()
+        assert self.config.llm_cfg is not None
+        self.config.llm_cfg["vocab_size"] = new_num_tokens
+        old = self.llm
+        new_text = self.config.text
+        table = nn.Embedding(new_num_tokens, new_text.hidden_size, dtype=self.dtype, device=self.device)
+        head = nn.Linear(new_text.hidden_size, new_num_tokens, bias=False, dtype=self.dtype, device=self.device)
+        for new, was in ((table, old.model.embed_tokens), (head, old.lm_head)):
+            keep = min(len(was.weight), new_num_tokens)
+            new.weight[:keep] = was.weight[:keep]
+            new.weight[keep:] = was.weight.mean(0)
+        old.config, old.model.embed_tokens, old.lm_head = new_text, table, head
+        old.tie_weights()
+        return table
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Make the head share the embeddings where the config says so."""
+        if hasattr(self, "llm"):
+            self.llm.tie_weights()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> VilaLlamaForCausalLM:
+        """A folder or a hub id of any layout; keywords are those of tinychat.load.load_model (dtype, device, ...)."""
+        from tinychat.load import load_model
+
+        return load_model(str(pretrained_model_name_or_path), **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]  # one format, no options
+        """Write a VILA folder: config.json, llm/, vision_tower/, mm_projector/, safetensors in each."""
+        from tinychat.models.vila_folder import save_folder
+
+        save_folder(self, Path(save_directory))
+
+
+def _dtype_of(config: VilaConfig, device: torch.device) -> torch.dtype:
+    """config.dtype, or VILA's model_dtype (a string like "torch.float16"), or the device's default."""
+    if config.dtype is not None:
+        return config.dtype
+    name = str(getattr(config, "model_dtype", "") or "").removeprefix("torch.")
+    if not name:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise ModelError(f"model_dtype {name!r} is not a float type", f"use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+__all__ = ["IMAGE_TOKEN_INDEX", "VilaLlamaForCausalLM"]
