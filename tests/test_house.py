@@ -7,11 +7,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def test_commands_say_what_they_do():
     assert scripts
     assert not [str(path) for path in scripts if not readme_tree.summary(ROOT / path)]
     assert not [str(path) for path in scripts if not os.access(ROOT / path, os.X_OK)]
+
+
+@pytest.mark.parametrize(
+    "reach", [lambda: socket.create_connection(("192.0.2.1", 9), 1), lambda: socket.getaddrinfo("a.invalid", 9)]
+)
+def test_no_test_reaches_the_network(reach: Callable[[], object]):
+    with pytest.raises(pytest.fail.Exception, match="a test reached for the network"):
+        reach()
+
+
+def test_loopback_stays_open():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(("localhost", server.getsockname()[1]), 5).close()
 
 
 # README's console blocks
