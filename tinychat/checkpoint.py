@@ -1,0 +1,521 @@
+"""A model folder's tensors: an index made from file headers, foreign names repaired, streamed into an empty model.
+
+Nothing here runs code from a file: safetensors, or pickles under torch's weights_only. A tensor's data is read when
+it is asked for, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tinychat.errors import FormatError, ModelError
+
+Reader = Callable[[str], Tensor]
+Progress = Callable[[int, int], None]
+Devices = torch.device | str | Mapping[str, torch.device | str | int]
+
+SHARD_SIZE = 2**30  # a shard is held in memory while it is written
+LISTED = 20  # names of each kind in an error
+MAX_HEADER = 100 * 2**20
+LFS_POINTER = b"version https://git-lfs"
+AGAIN = "download or copy the file again"
+NOT_WEIGHTS = re.compile(r"^(adapter_model|consolidated|training_args|optimizer|scheduler|rng_state)")
+UNPICKLING = (  # what torch's unpickler raises on bytes that are no pickle
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+)
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# Layout -> rules (a name's beginning on disk, its beginning in memory). The first rule that matches is used, and a
+# name that is already ours passes unchanged.
+_DECODER = ((r"model\.(?=embed_tokens|layers|norm)", "llm.model."), (r"lm_head\.", "llm.lm_head."))
+_TOWER = ((r"(model\.)?(vision_tower\.)+(vision_model\.)?", "vision_tower.vision_model."),)
+RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "vila": (*_TOWER, (r"mm_projector\.layers\.(?=weight|bias)", "mm_projector.layers.0.")),
+    "llava": (
+        *_TOWER,
+        (r"(model\.)?mm_projector\.(?=\d)", "mm_projector.layers."),
+        (r"(model\.)?mm_projector\.(?=weight|bias)", "mm_projector.layers.0."),
+        *_DECODER,
+    ),
+    "llava_hf": (
+        *_TOWER,
+        (r"(model\.)?multi_modal_projector\.linear_1\.", "mm_projector.layers.0."),
+        (r"(model\.)?multi_modal_projector\.linear_2\.", "mm_projector.layers.2."),
+        (r"(model\.language_model|language_model\.model)\.", "llm.model."),
+        (r"language_model\.lm_head\.", "llm.lm_head."),
+        *_DECODER,
+    ),
+    "text": _DECODER,
+}
+# In-memory names that published checkpoints carry and no computation needs.
+HARMLESS = re.compile(
+    r".*\.rotary_emb\.inv_freq"
+    r"|.*\.position_ids"
+    r"|vision_tower\.vision_model\.(head|text_model|text_projection|visual_projection)\..*"
+    r"|vision_tower\.vision_model\.(logit_scale|logit_bias)"
+    r"|(llm\.)?model\.image_newline"
+)
+
+
+def rename(name: str, layout: str) -> str:
+    """A tensor's name in memory, from its name in a checkpoint of this layout. Idempotent."""
+    for pattern, ours in RENAMES[layout]:
+        renamed, count = re.subn(f"^(?:{pattern})", ours, name)
+        if count:
+            return renamed
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies, and what it is."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Index:
+    """Tensors by name, known from the files' headers. Data is memory-mapped when a tensor is asked for."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries = dict(entries)
+        self._readers: dict[Path, Reader] = {}
+
+    @classmethod
+    def of(cls, *parts: Path | tuple[str, Path]) -> Index:
+        """The tensors of folders, each `(prefix, folder)` under its prefix. Raises one FormatError with all faults."""
+        named = [part if isinstance(part, tuple) else ("", part) for part in parts]
+        found: defaultdict[str, list[Entry]] = defaultdict(list)
+        problems: list[str] = []
+        for prefix, folder in named:
+            for path, listed in _weight_files(folder, problems).items():
+                entries = _entries(path, problems)
+                problems += [f"{path.name} lacks {key}, which the index puts there" for key in listed - entries.keys()]
+                for key, entry in entries.items():
+                    found[prefix + key].append(entry)
+        problems += [f"{name} is in {_names(entries)}" for name, entries in found.items() if len(entries) > 1]
+        if problems:
+            where = ", ".join(str(folder) for _, folder in named)
+            raise FormatError(f"the weights in {where} are damaged: {_cut(problems)}", AGAIN)
+        return cls({name: entries[0] for name, entries in found.items()})
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str) -> Entry:
+        """What the header says of a tensor. Raises ModelError where there is no such tensor."""
+        if name not in self._entries:
+            raise ModelError(f"the checkpoint has no tensor {name}", "check that config.json belongs to these weights")
+        return self._entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entry(name).dtype
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as they are on disk."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, memory-mapped where the file allows it: taking a slice of it reads that slice alone."""
+        entry = self.entry(name)
+        if entry.path not in self._readers:
+            self._readers[entry.path] = _reader(entry.path)
+        return self._readers[entry.path](entry.key)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Every (name, tensor), file by file; a file is closed before the next one is opened."""
+        path, read = None, None
+        for name, entry in self._entries.items():
+            if entry.path != path or read is None:
+                path, read = entry.path, _reader(entry.path)
+            yield name, read(entry.key)
+
+    def renamed(self, layout: str) -> Index:
+        """The same tensors under their names in memory, without the harmless extras. Raises ModelError on doubles."""
+        ours, doubles = _by_our_name(self.names(), layout)
+        if doubles:
+            raise ModelError(f"tensors come twice: {_cut(doubles)}", "remove one of the two from the checkpoint")
+        return Index({name: self._entries[theirs] for name, theirs in ours.items()})
+
+
+def open_model(folder: Path, layout: str, tower: Path | None = None) -> Index:
+    """The index of a model folder: a VILA folder's three parts under their prefixes, or the folder itself.
+
+    `tower` is the folder of a vision tower that a `llava` checkpoint keeps elsewhere.
+    """
+    if layout == "vila" and (folder / "llm").is_dir():
+        names = [name for name in ("llm", "vision_tower", "mm_projector") if (folder / name).is_dir()]
+        return Index.of(*((f"{name}.", folder / name) for name in names))
+    return Index.of(folder, *([("vision_tower.", tower)] if tower else []))
+
+
+@dataclass(frozen=True, slots=True)
+class KeyReport:
+    """A checkpoint's names against a model's. `found` maps a name in memory to its name on disk."""
+
+    found: Mapping[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    duplicate: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raise one ModelError that lists every tensor that is wrong."""
+        kinds = {name: getattr(self, name) for name in ("missing", "unexpected", "duplicate", "misshapen")}
+        wrong = [f"{len(names)} {kind}: {_cut(names)}" for kind, names in kinds.items() if names]
+        if wrong:
+            message = f"the weights do not fit the config ({'; '.join(wrong)})"
+            raise ModelError(message, "check that config.json and the weights belong together")
+
+
+def compare(model: nn.Module, index: Index, layout: str) -> KeyReport:
+    """What of `model` is in the checkpoint, from headers alone. Of tied parameters one name suffices."""
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    ties = _ties(wanted)
+    ours, doubles = _by_our_name(index.names(), layout)
+    here = {name: theirs for name, theirs in ours.items() if name in wanted}
+    covered = {id(wanted[name]) for name in here}
+    spare = {name for names in ties.values() for name in [n for n in names if n in here][1:]}
+    return KeyReport(
+        found={name: theirs for name, theirs in here.items() if name not in spare},
+        missing=tuple(name for name, tensor in wanted.items() if id(tensor) not in covered),
+        unexpected=tuple(theirs for name, theirs in ours.items() if name not in wanted),
+        duplicate=tuple(doubles),
+        misshapen=tuple(text for name, theirs in here.items() if (text := _misfit(name, index.entry(theirs), wanted))),
+    )
+
+
+def stream_into(
+    model: nn.Module,
+    index: Index,
+    layout: str,
+    dtype: torch.dtype | None = None,
+    device: Devices = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Fill a model on the meta device, tensor by tensor: the peak is the model plus one tensor.
+
+    Parameters become `dtype`; buffers (packed weights, scales) stay as on disk. `device` may map prefixes to devices.
+    Raises ModelError, before any data is read, with all missing, unexpected, duplicate and misshapen tensors.
+    """
+    report = compare(model, index, layout)
+    report.check()
+    ours = {theirs: name for name, theirs in report.found.items()}
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    ties = _ties(wanted)
+    done = 0
+    for theirs, tensor in index.stream():
+        if (name := ours.get(theirs)) is None:
+            continue
+        old = wanted[name]
+        kind = (dtype or old.dtype) if isinstance(old, nn.Parameter) else tensor.dtype
+        _assign(model, ties[id(old)], old, tensor.to(_device_of(name, device), kind, copy=True))
+        del tensor
+        done += 1
+        if progress is not None:
+            progress(done, len(ours))
+
+
+class Group(Protocol):
+    """The ranks that share a layer; torch.distributed's ProcessGroup is one."""
+
+    def rank(self) -> int: ...
+
+    def size(self) -> int: ...
+
+
+class Weights:
+    """Tensors under a prefix for a module that fills itself, each rank taking its slice. No group = one rank."""
+
+    def __init__(
+        self, index: Index, prefix: str = "", group: Group | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        self.index = index
+        self.prefix = prefix
+        self.dtype = dtype
+        self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor, in this object's dtype."""
+        return self._own(self._mapped(name))
+
+    def get_sharded(self, name: str, dim: int) -> Tensor:
+        """This rank's equal part along `dim`. Raises ModelError where the ranks do not divide the size."""
+        tensor = self._mapped(name)
+        if (length := tensor.shape[dim]) % self.size:
+            message = f"{self._full(name)} has size {length} along dim {dim}, which {self.size} ranks do not divide"
+            raise ModelError(message, f"use a number of ranks that divides {length}")
+        part = length // self.size
+        return self._own(tensor.narrow(dim, self.rank * part, part))
+
+    def get_multi_sharded(self, names: Sequence[str], dim: int) -> Tensor:
+        """This rank's parts of several tensors, joined along `dim`: slices first, so that q, k and v stay whole."""
+        return torch.cat([self.get_sharded(name, dim) for name in names], dim)
+
+    def _full(self, name: str) -> str:
+        return f"{self.prefix}.{name}" if self.prefix else name
+
+    def _mapped(self, name: str) -> Tensor:
+        return self.index.get(self._full(name))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.is_floating_point() else None
+        return tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def write_safetensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size: int = SHARD_SIZE) -> list[Path]:
+    """Write model.safetensors, or shards and their index, and remove what an earlier save left. Returns the files.
+
+    Everything is written beside and renamed at the end: a folder holds the old weights or the new ones. At most one
+    shard is in memory. Raises ModelError for a name that comes twice.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+    try:
+        for shard in _shards(tensors, shard_size):
+            path = folder / f".weights-{len(shards)}.tmp"
+            shards.append((path, list(shard)))
+            total += sum(tensor.nbytes for tensor in shard.values())
+            save_file(shard, path, metadata={"format": "pt"})
+        return _publish(folder, shards, total)
+    finally:
+        for path, _ in shards:
+            path.unlink(missing_ok=True)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_size: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        if name in seen:
+            raise ModelError(f"tensor {name} comes twice", "give every tensor its own name")
+        seen.add(name)
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_size:
+            yield shard
+            shard = {}
+        tensor = tensor.detach().cpu().contiguous()
+        shared = tensor.untyped_storage().nbytes() != tensor.nbytes  # a view would be refused beside its sibling
+        shard[name] = tensor.clone() if shared else tensor
+    yield shard
+
+
+def _publish(folder: Path, shards: Sequence[tuple[Path, list[str]]], total: int) -> list[Path]:
+    count = len(shards)
+    final = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = [folder / name for name in (final if count > 1 else ["model.safetensors"])]
+    index = folder / "model.safetensors.index.json"
+    stale = {*folder.glob("model*.safetensors"), index} - set(files)
+    for (path, _), file in zip(shards, files, strict=True):
+        path.replace(file)
+    if count > 1:
+        weight_map = {name: file.name for (_, names), file in zip(shards, files, strict=True) for name in names}
+        beside = folder / ".index.tmp"
+        beside.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+        beside.replace(index)
+        stale.discard(index)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return files
+
+
+def _by_our_name(names: Iterable[str], layout: str) -> tuple[dict[str, str], list[str]]:
+    """Our name -> their name without the harmless ones, and sentences about those that collide."""
+    theirs: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if not HARMLESS.fullmatch(ours := rename(name, layout)):
+            theirs[ours].append(name)
+    doubles = [f"{ours} (as {' and '.join(several)})" for ours, several in theirs.items() if len(several) > 1]
+    return {ours: several[0] for ours, several in theirs.items()}, doubles
+
+
+def _misfit(name: str, entry: Entry, wanted: Mapping[str, Tensor]) -> str:
+    """What keeps a tensor on disk from being the model's own, or nothing."""
+    needed = wanted[name]
+    if entry.shape != tuple(needed.shape):
+        return f"{name} is {list(entry.shape)}, {list(needed.shape)} is needed"
+    if entry.dtype.is_floating_point != needed.dtype.is_floating_point:
+        return f"{name} is {entry.dtype}, {needed.dtype} is needed"
+    return ""
+
+
+def _ties(wanted: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """Names by the identity of their tensor: tied parameters share one."""
+    ties: defaultdict[int, list[str]] = defaultdict(list)
+    for name, tensor in wanted.items():
+        ties[id(tensor)].append(name)
+    return ties
+
+
+def _assign(model: nn.Module, names: Iterable[str], old: Tensor, new: Tensor) -> None:
+    """Put one tensor under all its names, as the kind of thing that was there."""
+    value = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, value)
+
+
+def _device_of(name: str, device: Devices) -> torch.device:
+    if not isinstance(device, Mapping):
+        return torch.device(device)
+    prefixes = [prefix for prefix in device if not prefix or f"{name}.".startswith(f"{prefix}.")]
+    if not prefixes:
+        raise ModelError(f"the device map has no device for {name}", "add the module, or an entry '' for the rest")
+    return torch.device(device[max(prefixes, key=len)])
+
+
+def _weight_files(folder: Path, problems: list[str]) -> dict[Path, set[str]]:
+    """The files that hold a folder's tensors, each with the names that an index file expects in it."""
+    for single, index, suffixes in (
+        ("model.safetensors", "model.safetensors.index.json", (".safetensors",)),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", (".bin", ".pt", ".pth")),
+    ):
+        if (folder / single).is_file():
+            return {folder / single: set()}
+        if (folder / index).is_file():
+            return _indexed_files(folder / index, problems)
+        found = sorted(path for path in folder.glob("*") if path.suffix in suffixes and path.is_file())
+        if weights := [path for path in found if not NOT_WEIGHTS.match(path.name)]:
+            return {path: set() for path in weights}
+    there = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
+    raise ModelError(f"{folder} has no *.safetensors, *.bin or *.pt; found {there}", "give the folder with the weights")
+
+
+def _indexed_files(index: Path, problems: list[str]) -> dict[Path, set[str]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index} is not an index of shards ({error!r})", AGAIN) from error
+    files: defaultdict[Path, set[str]] = defaultdict(set)
+    for name, file in pairs:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise FormatError(f"{index} points outside its folder, to {file}", "do not use this checkpoint")
+        files[index.parent / file].add(name)
+    problems += [f"{path.name} is missing ({len(files[path])} tensors)" for path in files if not path.is_file()]
+    return {path: names for path, names in files.items() if path.is_file()}
+
+
+def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
+    """A file's tensors by key; what is wrong with it goes to `problems`."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        problems.append(f"{path.name} is a Git LFS pointer and not the weights (git lfs pull fetches them)")
+        return {}
+    try:
+        return _header(path) if path.suffix == ".safetensors" else _pickle_entries(path)
+    except FormatError as error:
+        problems.append(error.message)
+        return {}
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    """Entries of a safetensors file. Raises FormatError where its header is not whole or does not match its size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise FormatError(f"{path.name} announces a header of {length} bytes and is {size} bytes long", AGAIN)
+        raw = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = {key: _entry(path, key, row) for key, row in header.items()}
+        end = max((int(row["data_offsets"][1]) for row in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise FormatError(f"{path.name} has a header that cannot be read ({error!r})", AGAIN) from error
+    if end != (there := size - 8 - length):
+        raise FormatError(f"{path.name} is truncated: its header describes {end} bytes of data, it has {there}", AGAIN)
+    return entries
+
+
+def _entry(path: Path, key: str, row: Mapping[str, Any]) -> Entry:
+    entry = Entry(path, key, tuple(int(n) for n in row["shape"]), DTYPES[row["dtype"]])
+    start, end = (int(n) for n in row["data_offsets"])
+    if min(0, start, *entry.shape) < 0 or end - start != entry.nbytes:
+        raise ValueError(f"{key} of shape {list(entry.shape)} cannot fill bytes {start} to {end}")
+    return entry
+
+
+def _pickle_entries(path: Path) -> dict[str, Entry]:
+    return {key: Entry(path, key, tuple(tensor.shape), tensor.dtype) for key, tensor in _unpickled(path).items()}
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """A pickle's tensors, mapped where it is a zip file. Raises FormatError where it needs more than tensors."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        message = f"{path.name} needs more than tensors to be read (torch's weights_only refuses it)"
+        raise FormatError(message, "convert it to safetensors where you trust it") from error
+    except UNPICKLING as error:
+        raise FormatError(f"{path.name} is not a PyTorch file that can be read ({error!r:.200})", AGAIN) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise FormatError(f"{path.name} holds something else than named tensors", "give a state dict")
+    return {str(key): value for key, value in content.items()}
+
+
+def _reader(path: Path) -> Reader:
+    if path.suffix == ".safetensors":
+        return safe_open(path, framework="pt").get_tensor
+    return _unpickled(path).__getitem__
+
+
+def _names(entries: Iterable[Entry]) -> str:
+    return " and ".join(str(entry.path) for entry in entries)
+
+
+def _cut(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
