@@ -202,6 +202,45 @@ def test_a_torch_that_is_too_old_is_named(checkout: Path, tmp_path: Path):
     assert "tinychat needs torch 2.6 or newer, and does not replace torch 2.5.1" in done.stderr
 
 
+def setup_with_only(tmp_path: Path, python3: str | None) -> subprocess.CompletedProcess[str]:
+    """scripts/setup in a bare checkout, where PATH holds the plain tools and, if given, this script as python3."""
+    programs, root = tmp_path / "bin", tmp_path / "bare"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    programs.mkdir()
+    for name in ("sh", "cat", "cksum", "dirname", "grep", "id", "rm"):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    if python3:
+        (programs / "python3").write_text(python3)
+        (programs / "python3").chmod(0o755)
+    return subprocess.run(["sh", root / "scripts/setup"], env={"PATH": str(programs)}, capture_output=True, text=True)
+
+
+OLD = "#!/bin/sh\nexit 1\n"
+NO_VENV = (
+    '#!/bin/sh\ncase "$*" in *venv*) echo "No module named venv"; exit 1 ;; --version) echo Python 3.12.1 ;; esac\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("python3", "sentence"),
+    [
+        (None, "no Python 3.10 or newer was found in PATH; install one"),
+        (OLD, "no Python 3.10 or newer was found in PATH; install one"),
+        (NO_VENV, "cannot make a virtual environment; on Debian, Ubuntu and JetPack: sudo apt install python3-venv"),
+    ],
+)
+def test_setup_says_what_is_missing(tmp_path: Path, python3: str | None, sentence: str):
+    done = setup_with_only(tmp_path, python3)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert not (tmp_path / "bare/.venv").exists()
+
+
+def test_setup_refuses_unknown_flags():
+    done = subprocess.run(["sh", ROOT / "scripts/setup", "--all"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "usage: scripts/setup [--dev] [--dry-run]\n")
+
+
 def in_wheel(path: Path) -> bool:
     shipped = path.suffix == ".py" or path.name == "py.typed" or path.is_relative_to("tinychat/assets/demo")
     return shipped and any(path.is_relative_to(package) for package in PACKAGES)
