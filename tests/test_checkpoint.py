@@ -386,7 +386,7 @@ def test_everything_that_is_wrong_comes_in_one_error(tmp_path):
     content = tensors(
         **{
             "model.norm.weight": None,
-            "lm_head.weight": torch.ones(8, 5),
+            "model.embed_tokens.weight": torch.ones(8, 5),
             "llm.lm_head.weight": torch.ones(8, 4),
             "surprise": torch.ones(1),
         }

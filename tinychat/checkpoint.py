@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -494,7 +495,9 @@ def _pickle_entries(path: Path) -> dict[str, Entry]:
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """A pickle's tensors, mapped where it is a zip file. Raises FormatError where it needs more than tensors."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # about old protocols: whether they can be read is answered below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         message = f"{path.name} needs more than tensors to be read (torch's weights_only refuses it)"
         raise FormatError(message, "convert it to safetensors where you trust it") from error
