@@ -90,7 +90,9 @@ def _ground(rng: random.Random, ground: Background) -> np.ndarray:
         "checks": (np.floor(along / step) + np.floor(across / step)) % 2 == 0,
         "dots": np.hypot(along % step - step / 2, across % step - step / 2) < step / 4,
     }
-    return np.where(patterns[ground.kind][..., None], np.float32(ground.second), np.float32(ground.first))
+    return np.where(
+        patterns[ground.kind][..., None], np.array(ground.second, np.float32), np.array(ground.first, np.float32)
+    )
 
 
 def _covers(shape: Shape) -> np.ndarray:
@@ -110,7 +112,7 @@ def paint(rng: random.Random, scene: Scene) -> np.ndarray:
         canvas[(x >= bar.left) & (x <= bar.right) & (y >= bar.top) & (y <= bar.bottom)] = bar.rgb
     if scene.lettering is not None:
         ink = _letters(scene.lettering)[..., None]
-        canvas = canvas * (1 - ink) + np.float32(scene.lettering.rgb) * ink
+        canvas = canvas * (1 - ink) + np.array(scene.lettering.rgb, np.float32) * ink
     small = canvas.reshape(IMAGE_SIZE, FINE, IMAGE_SIZE, FINE, 3).mean((1, 3))
     grain = np.random.default_rng(rng.getrandbits(32)).uniform(-5, 5, small.shape)
     return np.clip(small * rng.uniform(0.92, 1.0) + grain, 0, 255).astype(np.uint8)

@@ -155,22 +155,39 @@ def unmoved(glyph: Glyph, warp: tuple[float, ...]) -> tuple[float, float]:
 
 def paint(rng: random.Random, scene: Scene) -> np.ndarray:
     """[IMAGE_SIZE, IMAGE_SIZE, 3] uint8."""
-    return paint_large(rng, scene, SCALE, SCALE)
+    return worn(rng, render(rng, scene, SCALE).reduce(SCALE))
 
 
-def paint_large(rng: random.Random, scene: Scene, scale: int, shrink: int) -> np.ndarray:
-    """The scene drawn `scale` times as large, then reduced `shrink` times and worn."""
-    side = IMAGE_SIZE * scale
-    picture = _canvas(rng, scene.background, side)
+def render(rng: random.Random, scene: Scene, scale: int, vary: bool = True) -> Image.Image:
+    """The scene drawn `scale` times as large; `vary` gives some pictures bands, some shapes edges or a stretch."""
+    picture = _canvas(rng, scene.background, IMAGE_SIZE * scale)
     draw = ImageDraw.Draw(picture)
-    edged = rng.random() < 0.2
+    if vary and rng.random() < 0.05:
+        _draw_bands(rng, draw, scene, scale)
+    edge = vary and rng.random() < 0.2
     for shape in scene.shapes:
-        edge = tuple(v * 3 // 5 for v in shape.rgb) if edged else None
-        draw.polygon(corners(shape, scale, rng.uniform(0.92, 1.08)), fill=shape.rgb, outline=edge, width=scale)
+        dark = tuple(v * 3 // 5 for v in shape.rgb) if edge else None
+        stretch = rng.uniform(0.92, 1.08) if vary else 1.0
+        draw.polygon(corners(shape, scale, stretch), fill=shape.rgb, outline=dark, width=scale)
     _draw_bars(rng, draw, scene, scale)
     if scene.lettering is not None:
         _draw_lettering(picture, scene.lettering, scale)
-    return worn(rng, picture.reduce(shrink) if shrink > 1 else picture)
+    return picture
+
+
+def _draw_bands(rng: random.Random, draw: ImageDraw.ImageDraw, scene: Scene, scale: int) -> None:
+    """Gray bands on two sides, where nothing is drawn: what padding makes of a picture that is not square."""
+    boxes = [(s.x - s.radius, s.y - s.radius, s.x + s.radius, s.y + s.radius) for s in scene.shapes]
+    boxes += [(g.left, g.top, g.right, g.bottom) for g in (scene.lettering.glyphs if scene.lettering else ())]
+    if scene.bars or not boxes:
+        return
+    axis, side = rng.randrange(2), IMAGE_SIZE * scale
+    free = min(min(min(box[axis], IMAGE_SIZE - box[axis + 2]) for box in boxes) - 3, IMAGE_SIZE / 4)
+    if free > 2:
+        tone, width = (rng.randint(105, 135),) * 3, int(free * scale)
+        near, far = ([0, 0, side, width], [0, side - width, side, side])
+        for band in (near, far):
+            draw.rectangle(band if axis else [band[1], band[0], band[3], band[2]], fill=tone)
 
 
 def _canvas(rng: random.Random, ground: Background, side: int) -> Image.Image:

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from demo_data import dialogues, heldout, phrases, pictures, scenes
-from demo_data.dialogues import Asker, Chain, Phrases, Turn
+from demo_data import beyond, dialogues, heldout, phrases, pictures, questions, scenes
+from demo_data.questions import Asker, Chain, Phrases, Turn
 from demo_data.scenes import Scene, Style
 
 Split = Literal["train", "validation", "heldout"]
@@ -45,7 +45,7 @@ class Family:
     dressed: bool
 
 
-_TRAINING = Family(pictures.TRAINING, {**phrases.QUESTIONS, "unknown": phrases.UNKNOWN}, True)
+_TRAINING = Family(pictures.TRAINING, {**phrases.QUESTIONS, "unknown": beyond.UNKNOWN}, True)
 FAMILIES: dict[Split, Family] = {
     "train": _TRAINING,
     "validation": _TRAINING,
@@ -63,7 +63,7 @@ def _one(rng: random.Random, family: Family, scene: Scene) -> Composed:
 
 def _about(rng: random.Random, family: Family, scene: Scene) -> Chains:
     ask = Asker(rng, family.phrases)
-    return [*dialogues.about_one(ask, scene), (dialogues.unknown(ask),)]
+    return [*questions.about_one(ask, scene), (dialogues.unknown(ask),)]
 
 
 def _some_shapes(rng: random.Random, family: Family) -> Scene:
@@ -89,14 +89,12 @@ def _mixed(rng: random.Random, family: Family) -> Composed:
 
 def _pair(rng: random.Random, family: Family) -> Composed:
     first = scenes.compose_shapes(rng, family.style, rng.randint(1, scenes.MAX_SHAPES))
-    changed = None
     if rng.random() < 0.4:
-        second, *change = scenes.change(rng, family.style, first)
-        changed = (change[0], change[1])
+        second, changed = scenes.change(rng, family.style, first)
     else:
-        second = scenes.compose_shapes(rng, family.style, rng.randint(1, scenes.MAX_SHAPES))
+        second, changed = scenes.compose_shapes(rng, family.style, rng.randint(1, scenes.MAX_SHAPES)), None
     pair = first, second
-    return pair, (list(dialogues.about_two(Asker(rng, family.phrases), pair, changed)),)
+    return pair, (list(questions.about_two(Asker(rng, family.phrases), pair, changed)),)
 
 
 def _one_more(rng: random.Random, family: Family) -> Composed:
@@ -107,7 +105,7 @@ def _one_more(rng: random.Random, family: Family) -> Composed:
     )
     later = _about(rng, family, second)
     if first.lettering is None and second.lettering is None:
-        later += dialogues.about_two(Asker(rng, family.phrases), (first, second), None)
+        later += questions.about_two(Asker(rng, family.phrases), (first, second), None)
     return (first, second), (_about(rng, family, first), later)
 
 
@@ -137,7 +135,7 @@ def dialogue(rng: random.Random, split: Split, pictures: int | None = None) -> D
         if family.dressed:
             part = tuple(replace(turn, question=dialogues.dress(rng, turn.question)) for turn in part)
         turns += [replace(part[0], pictures=len(shown) // len(groups)), *part[1:]]
-    system = rng.choice(phrases.SYSTEMS) if rng.random() < 0.08 else None
+    system = rng.choice(beyond.SYSTEMS) if rng.random() < 0.08 else None
     return Dialogue(shown, tuple(turns), system)
 
 

@@ -48,7 +48,7 @@ WORDS = (
     "wolf", "yoga", "zoo", "desk", "door", "duck", "farm", "film", "frog", "game", "gate", "goat", "hand", "harp",
     "home", "hook", "kite", "lamp", "mask", "maze", "menu", "nose", "oven", "path", "pear", "pond", "rice", "ring",
     "rope", "salt", "sand", "seed", "shoe", "silk", "soap", "sock", "soup", "stop", "exit", "open", "taxi", "tent",
-    "tide", "toy", "vase", "wave", "go", "up", "ok", "hi", "ox", "pi", "we", "me", "my", "us",
+    "tide", "toy", "vase", "wave", "go", "up", "ok", "ox", "pi", "we", "my", "us",
 )  # fmt: skip
 
 
@@ -207,20 +207,20 @@ def _place(
     return None
 
 
-def change(rng: random.Random, style: Style, scene: Scene) -> tuple[Scene, str, int]:
-    """The scene with one difference: its kind (`colour`, `shape`, `missing` or `none`) and the shape's index."""
+def change(rng: random.Random, style: Style, scene: Scene) -> tuple[Scene, tuple[str, int]]:
+    """The scene with one difference, which kind (`colour`, `shape`, `missing` or `none`), and the shape's index."""
     index, kind = rng.randrange(len(scene.shapes)), rng.choice(("colour", "shape", "missing", "none"))
     old = scene.shapes[index]
     rest = scene.shapes[:index], scene.shapes[index + 1 :]
     if kind == "missing":
-        return replace(scene, shapes=rest[0] + rest[1]), kind, index
+        return replace(scene, shapes=rest[0] + rest[1]), (kind, index)
     new = old
     while kind == "colour" and new.colour == old.colour:
         colour, rgb = ink(rng, style, scene.background)
         new = replace(old, colour=colour, rgb=rgb)
     if kind == "shape":
         new = replace(old, kind=rng.choice([k for k in SHAPES if k != old.kind]))
-    return replace(scene, shapes=(*rest[0], new, *rest[1])), kind, index
+    return replace(scene, shapes=(*rest[0], new, *rest[1])), (kind, index)
 
 
 def compose_lettering(rng: random.Random, style: Style) -> Scene:
@@ -244,7 +244,7 @@ def word(rng: random.Random, words: tuple[str, ...]) -> str:
         return "".join(rng.choices("ABCDEFGHJKLMNPQRSTUVWXYZ", k=rng.choice((1, 2, 3))))
     if chance < 0.5:
         return (
-            rng.choice("bdfghkmnprstwz")
+            rng.choice("bdghkmnprstwz")
             + rng.choice("aeou")
             + "".join(rng.choices("bcdefgkmnpqrstuvxyz", k=rng.choice((1, 2))))
         )
