@@ -1,0 +1,1 @@
+"""Step 1: messages with pictures become token ids with image slots, and pixels."""

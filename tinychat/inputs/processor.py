@@ -1,0 +1,264 @@
+"""A Request becomes a Prompt: token ids with image slots. Pixels are decoded apart, for the pictures that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tinychat.config import VilaConfig, read_json
+from tinychat.core import Image, Message, Part, Request, Text
+from tinychat.errors import ModelError, UsageError
+from tinychat.inputs import images as pictures
+from tinychat.inputs.marks import ANSWER, ANSWER_ID, IMAGE, IMAGE_ID, FastTokenizer, MarkedTokenizer
+from tinychat.inputs.templates import Template, Turn, choose
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A half-open range of token positions that picture number `image` fills."""
+
+    start: int
+    end: int
+    image: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids with placeholders already expanded. `digests`, `sizes` (height, width) and `images` go by picture."""
+
+    ids: tuple[int, ...]
+    slots: tuple[Slot, ...] = ()
+    digests: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    images: tuple[Image, ...] = ()
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(slot.end - slot.start for slot in self.slots)
+
+    def keys(self) -> tuple[int | tuple[str, int], ...]:
+        """One hashable a token: its id, or (digest, offset) inside a slot. Equal prefixes have equal KV."""
+        keys: list[int | tuple[str, int]] = list(self.ids)
+        for slot in self.slots:
+            name = self.digests[slot.image]
+            keys[slot.start : slot.end] = [(name, offset) for offset in range(slot.end - slot.start)]
+        return tuple(keys)
+
+
+class Processor:
+    """Tokenizer, chat template and image processor of one model, and when its answers end."""
+
+    def __init__(
+        self,
+        tokenizer: FastTokenizer,
+        image_processor: Any | None,
+        config: VilaConfig,
+        generation: Mapping[str, Any] | None = None,
+        template: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.generation: dict[str, Any] = dict(generation or {})
+        self.marked = MarkedTokenizer(tokenizer, config.image_token)
+        named = (config.llm_cfg or {}).get("chat_template")
+        default = "plain" if config.layout == "text" else "vicuna_v1"
+        self.template: Template = choose(self.marked, template, named if isinstance(named, str) else None, default)
+        self.tokens_per_image = config.tokens_per_image
+        self.placeholder_id = _first_int(config.image_token_id, self.marked.image_token_id, 0)
+        self.image_suffix_ids: list[int] = self.marked.encode(config.image_suffix) if config.image_suffix else []
+        self.stop_ids, self.stop_strings = self._find_stops()
+        self._mode = _mode(image_processor, config)
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: VilaConfig, template: str | None = None) -> Processor:
+        """From a model folder of any layout; nothing is fetched. Raises ModelError where there is no tokenizer."""
+        parts = (folder / "llm", folder)
+        generation = next((part / "generation_config.json" for part in parts if _has(part, "generation_config")), None)
+        return cls(
+            _read_tokenizer(folder),
+            _read_image_processor(folder, config),
+            config,
+            read_json(generation) if generation else None,
+            template,
+        )
+
+    def __call__(self, request: Request) -> Prompt:
+        """Ids, slots and digests; of the pictures only bytes and header are read.
+
+        Raises UsageError (pictures for a text-only model, roles out of order) and MediaError (unreadable, too large).
+        """
+        parts = request.parts or tuple(part for message in request.messages for part in message.parts)
+        images = [part for part in parts if isinstance(part, Image)]
+        self._check_images(len(images))
+        loaded = tuple(pictures.load_image(image) for image in images)
+        sizes = tuple(pictures.image_size(image) for image in loaded)
+        marked, answers = self._render(request)
+        ids, slots = self._expand(self._with_bos(self.marked.encode(marked), bool(request.messages)), answers)
+        return Prompt(ids, slots, tuple(f"{image.digest}:{self._mode}" for image in loaded), sizes, loaded)
+
+    def pixels(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
+        """[len(images), 3, H, W] float32: the prompt's pictures of these numbers, decoded now. Raises MediaError."""
+        return torch.stack([self._pixels(prompt.images[i]) for i in images])
+
+    def _pixels(self, image: Image) -> Tensor:
+        picture = pictures.read_image(image)
+        return pictures.to_pixels(picture, self.image_processor, self.config.image_aspect_ratio)
+
+    def _check_images(self, count: int) -> None:
+        if count and (self.image_processor is None or not self.tokens_per_image):
+            some = "an image" if count == 1 else f"{count} images"
+            raise UsageError(f"the model reads text only and was given {some}", "take a vision model, or leave it out")
+
+    def _render(self, request: Request) -> tuple[str, list[tuple[int, ...]]]:
+        """The marked string, and the token ids for each ANSWER in it."""
+        if request.parts:
+            return self._marked_text(request.parts, ""), []
+        messages = request.messages
+        if messages[-1].role == "assistant":
+            raise UsageError("the last message is the assistant's own", "end with a message of the user")
+        spliced = [i for i, m in enumerate(messages) if m.role == "assistant" and m.token_ids is not None]
+        while True:
+            text, broken = self._splice(messages, spliced)
+            if not broken:
+                return text, [messages[i].token_ids or () for i in spliced]
+            spliced = [i for i in spliced if i not in broken]
+
+    def _splice(self, messages: Sequence[Message], spliced: Sequence[int]) -> tuple[str, set[int]]:
+        """The conversation with an ANSWER for each of `spliced`, and those whose place the template changes.
+
+        The text before an answer must be what the answer was generated after, but for whitespace that the template
+        puts in between: that is dropped.
+        """
+        turns = [self._turn(message, i in spliced) for i, message in enumerate(messages)]
+        whole = self.template.render(turns, True).split(ANSWER)
+        if len(whole) != len(spliced) + 1:
+            return "", set(spliced)
+        broken: set[int] = set()
+        for k, i in enumerate(spliced):
+            asked = self.template.render(turns[:i], True).split(ANSWER)
+            if [text.rstrip() for text in asked] != [text.rstrip() for text in whole[: k + 1]]:
+                broken.add(i)
+            whole[k] = asked[-1]
+        return ANSWER.join(whole), broken
+
+    def _turn(self, message: Message, splice: bool) -> Turn:
+        if splice:
+            return Turn(message.role, ANSWER)
+        after_image = "" if self.template.places_images or self.config.image_suffix else "\n"
+        return Turn(message.role, self._marked_text(message.parts, after_image))
+
+    def _marked_text(self, parts: Sequence[Part], after_image: str) -> str:
+        """Text quoted, pictures as marks, each followed by `after_image` unless it is the last part."""
+        pieces: list[str] = []
+        for stretch in _runs(parts):
+            pieces.append(IMAGE + after_image if isinstance(stretch, Image) else self.marked.quote(stretch))
+        if parts and isinstance(parts[-1], Image):
+            pieces[-1] = IMAGE
+        return "".join(pieces)
+
+    def _with_bos(self, ids: list[int], chat: bool) -> list[int]:
+        """BOS once: where the tokenizer adds one or the template begins with one, and the text does not have it."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or ids[:1] == [bos]:
+            return ids
+        adds = self.tokenizer("", verbose=False)["input_ids"][:1] == [bos]
+        return [bos, *ids] if adds or (chat and self.template.bos) else ids
+
+    def _expand(
+        self, marked: Iterable[int], answers: Sequence[Sequence[int]]
+    ) -> tuple[tuple[int, ...], tuple[Slot, ...]]:
+        ids: list[int] = []
+        slots: list[Slot] = []
+        remaining = iter(answers)
+        for i in marked:
+            if i == ANSWER_ID:
+                ids += next(remaining)
+            elif i == IMAGE_ID:
+                slots.append(Slot(len(ids), len(ids) + self.tokens_per_image, len(slots)))
+                ids += [self.placeholder_id] * self.tokens_per_image + self.image_suffix_ids
+            else:
+                ids.append(i)
+        return tuple(ids), tuple(slots)
+
+    def _find_stops(self) -> tuple[frozenset[int], tuple[str, ...]]:
+        """Ids from generation_config, tokenizer and template; the template's ends that are not one token, as text."""
+        added = self.tokenizer.get_added_vocab()
+        eos = self.generation.get("eos_token_id")
+        ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else [eos])}
+        ids |= {added[text] for text in self.template.stop if text in added}
+        strings = tuple(text for text in self.template.stop if text not in added)
+        return frozenset(i for i in ids if isinstance(i, int)), strings
+
+
+def _runs(parts: Sequence[Part]) -> Iterator[str | Image]:
+    """Neighbouring texts as one: a special token's string may lie across two."""
+    words: list[str] = []
+    for part in parts:
+        if isinstance(part, Text):
+            words.append(part.text)
+            continue
+        yield "".join(words)
+        words = []
+        yield part
+    yield "".join(words)
+
+
+def _first_int(*values: int | None) -> int:
+    return next(value for value in values if value is not None)
+
+
+def _mode(image_processor: Any | None, config: VilaConfig) -> str:
+    """How pixels are made, for the keys of caches. Raises ModelError where the tower expects another size."""
+    if image_processor is None:
+        return ""
+    height, width = pictures.target_size(image_processor)
+    vision = config.vision
+    if vision is not None and (height, width) != (vision.image_size, vision.image_size):
+        sizes = f"makes {height} x {width} pixels, the vision tower takes {vision.image_size} x {vision.image_size}"
+        raise ModelError(f"the image processor {sizes}", "correct preprocessor_config.json or config.json")
+    return f"{config.image_aspect_ratio or 'plain'}{height}x{width}"
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def _has(folder: Path, *stems: str) -> bool:
+    return any((folder / f"{stem}.json").is_file() for stem in stems)
+
+
+def _read_tokenizer(folder: Path) -> FastTokenizer:
+    parts = [part for part in (folder / "llm", folder) if part.is_dir()]
+    home = next((part for part in parts if any((part / name).is_file() for name in _TOKENIZER_FILES)), None)
+    if home is None:
+        found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+        looked = f"{' or '.join(_TOKENIZER_FILES)} was looked for in {folder} and {folder / 'llm'}"
+        raise ModelError(f"{looked}, found {', '.join(found) or 'nothing'}", "copy the tokenizer files there")
+    tokenizer: Any
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(home), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if not (home / "tokenizer.json").is_file():
+            raise ModelError(f"the tokenizer in {home} cannot be read ({error})", "check its files") from error
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home), local_files_only=True)
+    if not tokenizer.chat_template and _has(folder, "chat_template"):
+        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+    return tokenizer
+
+
+def _read_image_processor(folder: Path, config: VilaConfig) -> Any | None:
+    vision = config.vision
+    if vision is None:
+        return None
+    for path in (folder / "vision_tower" / "preprocessor_config.json", folder / "preprocessor_config.json"):
+        if path.is_file():
+            return pictures.image_processor_for(vision, read_json(path))
+    if _has(folder, "processor_config"):  # transformers 5 keeps it inside the processor's file
+        return pictures.image_processor_for(vision, read_json(folder / "processor_config.json").get("image_processor"))
+    return pictures.image_processor_for(vision)
