@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from demo_data import strokes
 from demo_data.scenes import ANCHORS, IMAGE_SIZE, WORDS, Background, Glyph, Lettering, Rgb, Scene, Shape, Style, mix
 
 SCALE = 2
@@ -85,29 +86,34 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return face
 
 
+FACES = {"smooth": 0.55, "coarse": 0.15, "plotted": 0.15, "serif": 0.15}
+
+
 @lru_cache(maxsize=8192)
-def extent(character: str, size: int, stroke: int) -> tuple[float, tuple[float, float, float, float]]:
-    """How far a character advances, and the box of its ink, in pixels of the large picture."""
-    face = font(size)
-    return face.getlength(character), face.getbbox(character, stroke_width=stroke)
+def extent(character: str, size: int, stroke: int, face: str) -> tuple[float, tuple[float, float, float, float]]:
+    """How far a character advances, and the box of its ink from its origin, in pixels of the large picture."""
+    if face in ("plotted", "serif"):
+        return strokes.extent(character, size, stroke, face == "serif")
+    _, top, right, bottom = font(size).getbbox(character, stroke_width=stroke)
+    return font(size).getlength(character) + stroke, (0.0, top, right, bottom)
 
 
 def lettering(rng: random.Random, text: str, colour: str, rgb: Rgb) -> Lettering:
-    """Text of a random size, weight, spacing and slant, at a random place."""
+    """Text of a random face, size, weight, spacing and slant, at a random place."""
     room = (IMAGE_SIZE - 8) * SCALE
-    size = rng.randint(42, max(48, min(104, int(room / (0.64 * len(text))))))
+    size = rng.randint(48, max(52, min(104, int(room / (0.64 * len(text))))))
     stroke, tracking = rng.choice((0, 0, 0, 1, 1, 2)), rng.uniform(0, 5)
-    widths = [extent(c, size, stroke)[0] + tracking + stroke for c in text]
-    top, bottom = (f(extent(c, size, stroke)[1][i] for c in text) for f, i in ((min, 1), (max, 3)))
+    face = rng.choices(tuple(FACES), tuple(FACES.values()))[0]
+    widths = [extent(c, size, stroke, face)[0] + tracking for c in text]
+    top, bottom = (f(extent(c, size, stroke, face)[1][i] for c in text) for f, i in ((min, 1), (max, 3)))
     x = rng.uniform(4, max(5.0, IMAGE_SIZE * SCALE - sum(widths) - 4))
     y = rng.uniform(4, max(5.0, IMAGE_SIZE * SCALE - (bottom - top) - 4)) - top
     glyphs = []
     for character, width in zip(text, widths, strict=True):
-        box = extent(character, size, stroke)[1]
+        box = extent(character, size, stroke, face)[1]
         glyphs.append(Glyph(character, x / SCALE, (y + box[1]) / SCALE, (x + width) / SCALE, (y + box[3]) / SCALE))
         x += width
     laid = tuple(glyphs)
-    face = "coarse" if rng.random() < 0.2 else "smooth"
     warp = None if rng.random() < 0.4 else fitting_slant(rng, laid)
     if warp is not None:
         laid = tuple(moved(glyph, warp) for glyph in laid)
@@ -226,8 +232,12 @@ def _draw_lettering(picture: Image.Image, text: Lettering, scale: int) -> None:
     size, stroke = text.size * scale // SCALE, text.stroke * scale // SCALE
     for glyph in text.glyphs:
         x, y = (glyph.left, glyph.top) if text.warp is None else unmoved(glyph, text.warp)
-        rise = extent(glyph.character, size, stroke)[1][1]
-        draw.text((x * scale, y * scale - rise), glyph.character, 255, font(size), stroke_width=stroke)
+        left, top = extent(glyph.character, size, stroke, text.face)[1][:2]
+        origin = x * scale - left, y * scale - top
+        if text.face in ("plotted", "serif"):
+            strokes.write(draw, origin, glyph.character, size, stroke, text.face == "serif")
+        else:
+            draw.text(origin, glyph.character, 255, font(size), stroke_width=stroke)
     if text.face == "coarse":
         mask = coarsened(mask, text.size * scale / SCALE)
     if text.warp is not None:

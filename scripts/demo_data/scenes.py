@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 IMAGE_SIZE = 96
-PATCH = 8
+PATCH = 12
 GRID = IMAGE_SIZE // PATCH
 
 Rgb = tuple[int, int, int]
