@@ -1,0 +1,125 @@
+"""bench: what a round asks for, how rounds become numbers, and the objects and tables that come out."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import json_keys
+import pytest
+import torch
+from PIL import Image as pillow
+from scripted_engine import ScriptedEngine
+
+from tinychat import bench
+from tinychat.core import Event, Failed, Finished, Image, Request, Text
+from tinychat.errors import CapacityError
+
+
+@dataclass
+class TimedEngine(ScriptedEngine):
+    """A scripted engine whose answer number i decodes at i tokens a second, and which remembers its resets."""
+
+    resets: int = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        for event in super().run(requests):
+            if isinstance(event, Finished):
+                event = replace(event, timings=replace(event.timings, decode_tps=float(len(self.requests)), load_s=2.5))
+            yield event
+
+
+def tokens_of(request: Request) -> SimpleNamespace:
+    """A processor whose tokens are letters; a raw prompt begins with one of its own."""
+    return SimpleNamespace(ids=["<s>", *"".join(part.text for part in request.parts if isinstance(part, Text))])
+
+
+def subject(engine: TimedEngine) -> bench.Subject:
+    model = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"))
+    return bench.Subject("tiny", model, tokens_of, engine)
+
+
+def measured(engine: TimedEngine, work: bench.Workload) -> tuple[dict[str, object], list[str]]:
+    reports: list[str] = []
+    return bench.measure(subject(engine), work, reports.append), reports
+
+
+def test_the_object_is_the_document_s():
+    found, _ = measured(TimedEngine(), bench.Workload(prompt_tokens=30, rounds=2))
+    json_keys.check(json.loads(json.dumps(found)), "tinychat.bench/1")
+    assert (found["model"], found["dtype"], found["device"], found["load_s"]) == ("tiny", "bfloat16", "cpu", 2.5)
+
+
+def test_the_first_round_does_not_count_and_each_begins_with_an_empty_cache():
+    engine = TimedEngine()
+    found, reports = measured(engine, bench.Workload(rounds=4))
+    assert found["decode_tps"] == {"median": 3.5, "min": 2.0, "max": 5.0}
+    assert engine.resets == len(engine.requests) == 5
+    assert reports == ["warm-up", "round 1 of 4", "round 2 of 4", "round 3 of 4", "round 4 of 4"]
+
+
+def test_a_round_is_a_raw_prompt_with_a_fixed_length_of_answer():
+    engine = TimedEngine()
+    measured(engine, bench.Workload(prompt_tokens=40, new_tokens=9, images=2, rounds=1))
+    for request in engine.requests:
+        assert [type(part) for part in request.parts] == [Image, Image, Text]
+        assert (request.stopping.max_new_tokens, request.stopping.ignore_eos) == (9, True)
+        assert request.sampling.temperature == 0
+
+
+def test_no_picture_comes_twice():
+    engine = TimedEngine()
+    measured(engine, bench.Workload(images=2, rounds=2))
+    pictures = [part.data for request in engine.requests for part in request.parts if isinstance(part, Image)]
+    assert len(set(pictures)) == len(pictures) == 6
+
+
+def test_pictures_are_pictures_and_the_same_for_the_same_seed():
+    assert bench.picture(3) == bench.picture(3) != bench.picture(4)
+    with pillow.open(io.BytesIO(bench.picture(3))) as picture:
+        picture.load()
+        assert (picture.format, picture.size) == ("JPEG", bench.PICTURE_SIZE)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 20, 100, 512])
+def test_the_prompt_is_as_long_as_fits(tokens: int):
+    text = bench.prompt_text(tokens_of, tokens)
+    longer = bench._words(len(text.split()) + 1)
+    assert longer.startswith(text)
+    assert len(text) + 1 <= max(tokens, len("the") + 1) < len(longer) + 1
+
+
+def test_a_failed_round_is_its_error():
+    engine = TimedEngine([Failed("bench-0", "600 tokens do not fit into 512", "ask for fewer", 5)])
+    with pytest.raises(CapacityError, match="600 tokens do not fit into 512; ask for fewer"):
+        measured(engine, bench.Workload())
+
+
+def test_the_peak_is_in_bytes():
+    assert 20e6 < bench.peak_ram() < 1e12
+    assert bench.peak_ram() >= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_the_table_has_a_row_for_each_number():
+    found, _ = measured(TimedEngine(), bench.Workload(rounds=1))
+    rows = bench.rows(found)
+    assert rows[0] == ("", "median", "min", "max")
+    assert rows[1:3] == [("prefill, tokens/s", "200.0", "200.0", "200.0"), ("decode, tokens/s", "2", "2", "2")]
+    assert len(rows) == 1 + len(bench.METRICS)
+    assert bench.headline(found).startswith("tiny, bfloat16 on cpu, ")
+    assert bench.foot(found).startswith("peak memory: RAM ") and bench.foot(found).endswith("loaded in 2.5 s")
+
+
+def test_startup_is_measured_in_new_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "STARTUP", {name: (label, ("-c", "pass")) for name, (label, _) in bench.STARTUP.items()})
+    found = bench.startup(2)
+    json_keys.check(found, "tinychat.bench/1 with --startup")
+    assert [row[0] for row in bench.rows(found)] == ["", "python -c pass", "import tinychat", "tinychat --help"]
+    assert found["startup"]["python_s"]["min"] > 0

@@ -1,0 +1,214 @@
+"""`tinychat bench`: tokens a second, time to the first token and memory of any model; --startup times the command."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tinychat import __version__
+from tinychat.ask import as_error, last
+from tinychat.core import Event, Failed, Finished, Image, Request, StoppingParams, Text
+
+Json = dict[str, Any]
+
+SCHEMA = "tinychat.bench/1"
+SENTENCE = "the small red circle is left of a large blue square and three green stars stand above them"
+PICTURE_SIZE = (640, 480)
+METRICS = {  # name in Timings -> the row of the table
+    "prefill_tps": "prefill, tokens/s",
+    "decode_tps": "decode, tokens/s",
+    "ttft_s": "first token, s",
+    "image_s": "  read pictures, s",
+    "vision_s": "  vision tower, s",
+    "prefill_s": "  prefill, s",
+}
+STARTUP = {
+    "python_s": ("python -c pass", ("-c", "pass")),
+    "import_s": ("import tinychat", ("-c", "import tinychat")),
+    "help_s": ("tinychat --help", ("-m", "tinychat", "--help")),
+}
+
+
+class Engine(Protocol):
+    """The part of the engine that is measured."""
+
+    def run(self, requests: Iterable[Request]) -> Iterable[Event]: ...
+
+    def reset(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one round does: about `prompt_tokens` tokens of text, the pictures' own on top, and `new_tokens` drawn."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 64
+    images: int = 0
+    rounds: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is measured: the name the user gave, the model (for its device and dtype), and the parts that run it."""
+
+    name: str
+    model: Any
+    processor: Callable[[Request], Any]
+    engine: Engine
+
+
+def measure(subject: Subject, work: Workload, report: Callable[[str], None]) -> Json:
+    """One unmeasured round, then `work.rounds`, each with an empty cache and new pictures; as docs/json.md has it."""
+    text = prompt_text(subject.processor, work.prompt_tokens)
+    rounds = list[Finished]()
+    for number in range(work.rounds + 1):
+        report(f"round {number} of {work.rounds}" if number else "warm-up")
+        rounds.append(_round(subject.engine, request(text, work, number)))
+    return _result(subject, work, rounds[1:])
+
+
+def request(text: str, work: Workload, number: int) -> Request:
+    """A raw prompt of that round's pictures and the text, with exactly `work.new_tokens` to draw."""
+    pictures = (Image(data=picture(number * work.images + index)) for index in range(work.images))
+    stopping = StoppingParams(max_new_tokens=work.new_tokens, ignore_eos=True)
+    return Request(f"bench-{number}", parts=(*pictures, Text(text)), stopping=stopping)
+
+
+def _round(engine: Engine, request: Request) -> Finished:
+    engine.reset()
+    end = last(engine.run([request]))
+    if isinstance(end, Failed):
+        raise as_error(end)
+    return end
+
+
+def prompt_text(processor: Callable[[Request], Any], tokens: int) -> str:
+    """The longest run of SENTENCE's words that makes at most `tokens` tokens, and at least one word."""
+    low, high = 1, max(tokens, 1)  # words: every word makes a token or more
+    while low < high:
+        middle = (low + high + 1) // 2
+        prompt = processor(Request("bench", parts=(Text(_words(middle)),)))
+        low, high = (middle, high) if len(prompt.ids) <= tokens else (low, middle - 1)
+    return _words(low)
+
+
+def _words(count: int) -> str:
+    return " ".join(itertools.islice(itertools.cycle(SENTENCE.split()), count))
+
+
+def picture(seed: int) -> bytes:
+    """A JPEG of coloured boxes, a different one for each seed."""
+    from PIL import Image as Pictures
+    from PIL import ImageDraw
+
+    draw = random.Random(seed)
+    canvas = Pictures.new("RGB", PICTURE_SIZE, _colour(draw))
+    for _ in range(12):
+        xs, ys = (sorted(draw.sample(range(side), 2)) for side in PICTURE_SIZE)
+        ImageDraw.Draw(canvas).rectangle((xs[0], ys[0], xs[1], ys[1]), fill=_colour(draw))
+    out = io.BytesIO()
+    canvas.save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _colour(draw: random.Random) -> tuple[int, int, int]:
+    return draw.randrange(256), draw.randrange(256), draw.randrange(256)
+
+
+def _result(subject: Subject, work: Workload, rounds: Sequence[Finished]) -> Json:
+    import torch
+
+    from tinychat import doctor
+
+    usage = rounds[0].usage
+    return {
+        "schema": SCHEMA,
+        "model": subject.name,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "device": str(subject.model.device),
+        "threads": torch.get_num_threads(),
+        "cpu": doctor.cpu()["name"],
+        "versions": {"tinychat": __version__, "torch": torch.__version__},
+        "prompt_tokens": usage.prompt_tokens,
+        "image_tokens": usage.image_tokens,
+        "new_tokens": usage.completion_tokens,
+        "images": work.images,
+        "rounds": work.rounds,
+        "load_s": rounds[0].timings.load_s,
+        **{name: spread([getattr(end.timings, name) for end in rounds]) for name in METRICS},
+        "peak_memory": {"ram_bytes": peak_ram(), "cuda_bytes": _peak_cuda(torch, subject.model.device)},
+    }
+
+
+def spread(values: Sequence[float]) -> Json:
+    """The median of the rounds, and how far they lie apart."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def peak_ram() -> int:
+    """The most bytes of RAM that this process has held, loading included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_cuda(torch: Any, device: Any) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def startup(rounds: int) -> Json:
+    """Wall time of a new Python that does nothing, imports us, or prints our help."""
+    times = {name: spread(_times(arguments, rounds)) for name, (_, arguments) in STARTUP.items()}
+    return {"schema": SCHEMA, "versions": {"tinychat": __version__}, "rounds": rounds, "startup": times}
+
+
+def _times(arguments: Sequence[str], rounds: int) -> list[float]:
+    return [_time([sys.executable, *arguments]) for _ in range(rounds + 1)][1:]
+
+
+def _time(command: Sequence[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def rows(found: Json) -> list[tuple[str, ...]]:
+    """The table of a result: a head, then one row for each metric."""
+    times = {label: found["startup"][name] for name, (label, _) in STARTUP.items()} if "startup" in found else {}
+    times |= {label: found[name] for name, label in METRICS.items() if name in found}
+    cells = [(label, *(_number(value[key]) for key in ("median", "min", "max"))) for label, value in times.items()]
+    return [("", "median", "min", "max"), *cells]
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
+
+
+def headline(found: Json) -> str:
+    """What was measured, in one line."""
+    if "startup" in found:
+        return f"tinychat {found['versions']['tinychat']}, {found['rounds']} rounds, seconds"
+    return (
+        f"{found['model']}, {found['dtype']} on {found['device']}, {found['threads']} threads, {found['cpu']}; "
+        f"{found['prompt_tokens']} prompt tokens ({found['image_tokens']} of {found['images']} pictures), "
+        f"{found['new_tokens']} new tokens, {found['rounds']} rounds"
+    )
+
+
+def foot(found: Json) -> str:
+    """What does not vary with the rounds, in one line; nothing of --startup."""
+    from tinychat.doctor import size
+
+    if "startup" in found:
+        return ""
+    peak = found["peak_memory"]
+    cuda = "" if peak["cuda_bytes"] is None else f", CUDA {size(peak['cuda_bytes'])}"
+    return f"peak memory: RAM {size(peak['ram_bytes'])}{cuda}; loaded in {found['load_s']:.1f} s"

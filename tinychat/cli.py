@@ -1,0 +1,272 @@
+"""The command line: verbs, exceptions -> one line and an exit code. What is heavy is imported inside the verbs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinychat import __version__
+from tinychat.errors import TinychatError, UsageError
+from tinychat.flags import (
+    VERBOSE,
+    AskFlags,
+    BenchFlags,
+    ChatFlags,
+    DoctorFlags,
+    ModelFlags,
+    SamplingFlags,
+    Verbose,
+    checkpoint_sampling,
+    parse_max_memory,
+    with_flags,
+)
+
+if TYPE_CHECKING:
+    from tinychat.ask import Asker
+    from tinychat.engine.engine import Engine
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # what a shell shows of a process that SIGPIPE ended
+EMBEDDED = "embedded"  # the model's name where --model is not given
+BadUsage = typer.BadParameter.__bases__[0]  # the parser's error for any wrong flag, argument or verb
+
+app = typer.Typer(
+    name="tinychat",
+    help="Chat with pictures on your own machine.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to be asked."""
+
+    model: Any
+    processor: Any
+    engine: Engine
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"tinychat {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Chat with pictures on your own machine."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+@with_flags
+def chat(flags: ChatFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
+    """Talk with a model about pictures."""
+    from tinychat import terminal
+    from tinychat.ask import read_picture
+    from tinychat.session import Session
+
+    images = [read_picture(path) for path in flags.image]
+    loaded = open_model(model)
+    draw = sampling.sampling(checkpoint_sampling(loaded.processor.generation))
+    session = Session(loaded.engine, system=flags.system, sampling=draw, stopping=sampling.stopping())
+    return terminal.run_chat(session, plain=is_plain(flags.plain), images=images)
+
+
+@app.command()
+@with_flags
+def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
+    """Ask one question, with or without pictures."""
+    from tinychat import ask as asking
+    from tinychat.core import SamplingParams
+
+    query, files = asking.gather(flags.words, flags.image, asking.stdin_bytes())
+    asker = asking.Asker(
+        model=model.model or EMBEDDED,
+        open=lambda: open_model(model).engine,
+        system=flags.system,
+        sampling=sampling.sampling(SamplingParams()),
+        stopping=sampling.stopping(),
+    )
+    if flags.jsonl is not None:
+        return asking.ask_each(asker, query, files, Path(flags.jsonl), _note)
+    whole = asking.Query(query.question, (*query.images, *map(asking.read_picture, files)))
+    if flags.json:
+        typer.echo(json.dumps(asking.ask_json(asker, whole)))
+        return 0
+    return _print_answer(asker, whole, flags)
+
+
+def _print_answer(asker: Asker, query: Any, flags: AskFlags) -> int:
+    from tinychat import terminal
+    from tinychat.core import Failed
+
+    events = asker.open().run([asker.request("ask", query)])
+    plain = is_plain(flags.plain)
+    end = terminal.print_answer(events, out=sys.stdout, err=sys.stderr, plain=plain, stream=flags.stream)
+    return end.exit_code if isinstance(end, Failed) else 0
+
+
+@app.command()
+@with_flags
+def bench(flags: BenchFlags, model: ModelFlags) -> int:
+    """Measure the speed and memory of a model."""
+    from tinychat import bench as benching
+
+    if flags.startup:
+        found = benching.startup(flags.rounds)
+    else:
+        loaded = open_model(model)
+        subject = benching.Subject(model.model or EMBEDDED, loaded.model, loaded.processor, loaded.engine)
+        work = benching.Workload(flags.prompt_tokens, flags.new_tokens, flags.images, flags.rounds)
+        found = benching.measure(subject, work, _note)
+    if flags.json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(benching.headline(found))
+        _draw_table(benching.rows(found))
+        typer.echo(benching.foot(found))
+    return 0
+
+
+@app.command()
+@with_flags
+def doctor(flags: DoctorFlags) -> int:
+    """Show what is installed and what this machine can do."""
+    from tinychat import doctor as doctoring
+
+    if flags.clear:
+        _note(f"deleted {doctoring.size(doctoring.clear_cache())}")
+    found = doctoring.cache() if flags.cache else doctoring.report()
+    typer.echo(json.dumps(found) if flags.json else doctoring.to_text(found))
+    return 0
+
+
+def open_model(flags: ModelFlags) -> Loaded:
+    """Find, check against the memory, and load the model; raises ModelError, FormatError or CapacityError."""
+    import torch
+
+    from tinychat import load, planner
+    from tinychat.config import read_config
+    from tinychat.engine.engine import Engine
+
+    parse_max_memory(flags.max_memory)
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    folder = load.resolve(flags.model)
+    planner.check(read_config(folder), flags.context)
+    start = time.perf_counter()
+    model, processor = load.load(flags.model)
+    engine = Engine(model, processor, context=flags.context, chunk=flags.chunk, load_s=time.perf_counter() - start)
+    return Loaded(model, processor, engine)
+
+
+def is_plain(asked: bool) -> bool:
+    """Whether to print without colours and drawing: asked for, by NO_COLOR, or because stdout is no terminal."""
+    return asked or bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
+
+
+def _draw_table(rows: Sequence[Sequence[str]]) -> None:
+    """A table by rich on a terminal, columns of text elsewhere; the first row is the head."""
+    if is_plain(False):
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for label, *cells in rows:
+            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            typer.echo("  ".join([label.ljust(widths[0]), *numbers]))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for index, head in enumerate(rows[0]):
+        table.add_column(head, justify="right" if index else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _note(text: str) -> None:
+    """One line on stderr, cleaned of what a terminal would obey."""
+    from tinychat.terminal.clean import clean_line
+
+    typer.echo(clean_line(text), err=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code, whatever happens."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold what a Latin-1 terminal cannot show
+    state: dict[str, bool] = {}
+    try:
+        code = _run(sys.argv[1:] if argv is None else list(argv), state)
+        sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001 - the last resort: whatever it is ends as one line and a code
+        return _end(error, verbose=state.get(VERBOSE, False))
+    return code
+
+
+def _run(args: list[str], state: dict[str, bool]) -> int:
+    command = typer.main.get_command(app)
+    with command.make_context("tinychat", args, obj=state) as context:
+        return command.invoke(context) or 0
+
+
+def _end(error: BaseException, verbose: bool) -> int:
+    """The exit code of what ended the run, after its line on stderr."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+        return BROKEN_PIPE
+    if verbose:
+        traceback.print_exception(error)
+    known = _as_ours(error)
+    _note(f"error: {known}" if known else f"tinychat hit a bug: {type(error).__name__}: {error}; {BUG_REMEDY}")
+    return known.exit_code if known else 1
+
+
+BUG_REMEDY = "run it again with --verbose, and report what it shows with `tinychat doctor`"
+
+
+def _as_ours(error: BaseException) -> TinychatError | None:
+    """The error as one of ours; None where it is a bug."""
+    if isinstance(error, TinychatError):
+        return error
+    if isinstance(error, BadUsage):
+        return _bad_usage(error)
+    if isinstance(error, ModuleNotFoundError):
+        return TinychatError(f"{error.name} is not installed", f"install it: pip install {error.name}")
+    return None
+
+
+def _bad_usage(error: Any) -> UsageError:
+    """The parser's error in our form: what is wrong; the nearest name, or where to look."""
+    path = error.ctx.command_path if error.ctx else "tinychat"
+    message, _, near = str(error.message or error.format_message()).rstrip(".?").partition(". Did you mean ")
+    if isinstance(error, typer.BadParameter):
+        message = error.format_message().rstrip(".")
+    near = near or " or ".join(getattr(error, "possibilities", None) or ())
+    message = message[:1].lower() + message[1:]
+    return UsageError(message, f"did you mean {near}?" if near else f"`{path} --help` shows what there is")

@@ -1,0 +1,200 @@
+"""Flags that several verbs share, each written once, as frozen dataclasses that typer fills."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from tinychat.core import SamplingParams, StoppingParams
+from tinychat.errors import UsageError
+
+VERBOSE = "verbose"  # the key in the root context's obj
+
+
+def _remember_verbose(context: typer.Context, value: bool) -> None:
+    if value:
+        context.find_root().obj[VERBOSE] = True
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show the trace of an unexpected error.", callback=_remember_verbose)
+]
+Images = Annotated[list[str], typer.Option("--image", "-i", metavar="FILE", help="A picture; repeatable.")]
+System = Annotated[str | None, typer.Option(help="The system prompt.", show_default="the template's")]
+Plain = Annotated[
+    bool, typer.Option("--plain", "--no-color", help="Plain text without colours or drawing; NO_COLOR does the same.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and how it is put into memory."""
+
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A model folder or a hub id.", show_default="the embedded model")
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bf16, fp16 or fp32.", show_default="the checkpoint's, or what the device does well"),
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU where there is one")
+    ] = None
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the layers over devices: auto, balanced or sequential.")
+    ] = None
+    max_memory: Annotated[str | None, typer.Option(help="Limits for --device-map, such as 0=10GiB,cpu=30GiB.")] = None
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of context to hold.", min=1, show_default="what the model and memory allow"),
+    ] = None
+    chunk: Annotated[int, typer.Option(help="Prompt tokens computed at once.", min=1)] = 512
+    template: Annotated[
+        str | None, typer.Option(help="Chat template by name, such as vicuna_v1.", show_default="the checkpoint's")
+    ] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="torch decides")] = None
+
+
+CHECKPOINT_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How tokens are drawn and when an answer ends; what is not given comes from the verb's own default."""
+
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens; 0 is off.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one.")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same answer.")] = None
+    max_new_tokens: Annotated[int | None, typer.Option(help="End an answer after this many tokens.")] = None
+    stop: Annotated[list[str], typer.Option(metavar="TEXT", help="End an answer at this text; repeatable.")] = field(
+        default_factory=list
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UsageError before a model is loaded."""
+        self.sampling(SamplingParams())
+        self.stopping()
+
+    def sampling(self, base: SamplingParams) -> SamplingParams:
+        """`base` with what the flags set; raises UsageError where a value is out of range."""
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(base, **given)
+
+    def stopping(self) -> StoppingParams:
+        ends = StoppingParams(stop=tuple(self.stop))
+        return ends if self.max_new_tokens is None else replace(ends, max_new_tokens=self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class ChatFlags:
+    """The chat's own."""
+
+    image: Images = field(default_factory=list[str])
+    system: System = None
+    plain: Plain = False
+
+
+@dataclass(frozen=True)
+class AskFlags:
+    """What to ask, and how the answer is given."""
+
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="QUESTION | FILE", help="The question and its pictures, in any order; - is stdin."),
+    ] = field(default_factory=list[str])
+    image: Images = field(default_factory=list[str])
+    system: System = None
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the answer as it grows.")] = True
+    plain: Plain = False
+    json: AsJson = False
+    jsonl: Annotated[
+        str | None, typer.Option(metavar="OUT", help="Ask once for each FILE, one JSON line each; resumable.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.json and self.jsonl is not None:
+            raise UsageError("--json and --jsonl exclude each other", "give one of the two")
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """What a round of the benchmark does."""
+
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of text in the prompt.", min=1)] = 512
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64
+    images: Annotated[int, typer.Option(help="Generated pictures in the prompt.", min=0)] = 0
+    rounds: Annotated[int, typer.Option(help="Measured rounds, after one that is not.", min=1)] = 3
+    json: AsJson = False
+    startup: Annotated[bool, typer.Option("--startup", help="Measure how fast the command starts instead.")] = False
+
+
+@dataclass(frozen=True)
+class DoctorFlags:
+    """What doctor looks at."""
+
+    json: AsJson = False
+    cache: Annotated[bool, typer.Option("--cache", help="Show our cache and its parts only.")] = False
+    clear: Annotated[bool, typer.Option("--clear", help="With --cache: delete them.")] = False
+
+    def __post_init__(self) -> None:
+        if self.clear and not self.cache:
+            raise UsageError("--clear is for the cache", "write doctor --cache --clear")
+
+
+def checkpoint_sampling(generation: Mapping[str, Any]) -> SamplingParams:
+    """What a checkpoint's generation_config.json asks for; as in transformers, greedy unless do_sample is set."""
+    given = {name: generation[name] for name in CHECKPOINT_SAMPLING if generation.get(name) is not None}
+    if generation.get("do_sample"):
+        return SamplingParams(**({"temperature": 1.0, "top_k": 50} | given))
+    return SamplingParams(repetition_penalty=given.get("repetition_penalty", 1.0))
+
+
+def parse_max_memory(text: str | None) -> dict[int | str, str] | None:
+    """`0=10GiB,cpu=30GiB` -> the mapping that accelerate takes."""
+    if text is None:
+        return None
+    limits = dict[int | str, str]()
+    for item in text.split(","):
+        device, equals, size = (part.strip() for part in item.partition("="))
+        if not (device and equals and size):
+            raise UsageError(f"--max-memory has {item!r}", "write device=size, such as 0=10GiB,cpu=30GiB")
+        limits[int(device) if device.isdigit() else device] = size
+    return limits
+
+
+def with_flags(verb: Callable[..., int]) -> Callable[..., int]:
+    """`verb` as typer wants it: each parameter, a dataclass of flags, becomes one flag a field; --verbose is added."""
+    groups: dict[str, Any] = {name: kind for name, kind in get_type_hints(verb).items() if name != "return"}
+
+    @functools.wraps(verb)
+    def command(**given: Any) -> int:
+        return verb(**{name: kind(**{f.name: given[f.name] for f in fields(kind)}) for name, kind in groups.items()})
+
+    parameters = [flag for kind in groups.values() for flag in _flags(kind)]
+    parameters.append(_keyword("verbose", False, Verbose))
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _flags(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [_keyword(f.name, _default(f), hints[f.name]) for f in fields(kind)]
+
+
+def _default(of: Field[Any]) -> object:
+    return of.default if of.default_factory is MISSING else of.default_factory()
+
+
+def _keyword(name: str, default: object, annotation: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
