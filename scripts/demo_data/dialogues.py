@@ -16,9 +16,9 @@ MAX_TOKENS = 112
 TASK_WEIGHTS: Mapping[str, float] = {
     "colour": 5.0,
     "shape": 1.0,
-    "size": 2.5,
+    "size": 4.0,
     "count": 1.3,
-    "position": 1.2,
+    "position": 1.0,
     "exist": 0.8,
     "read": 6.0,
     "text_colour": 0.8,

@@ -183,11 +183,14 @@ _AXES = {"leftmost": ("x", 1), "rightmost": ("x", -1), "topmost": ("y", 1), "bot
 
 
 def extreme(shapes: tuple[Shape, ...], side: str, margin: float = 5.0) -> Shape | None:
-    """The shape furthest to one side; None where two are about as far."""
+    """The shape furthest to one side, by its middle and by its edge; None where two are about as far."""
     axis, sign = _AXES[side]
     ranked = sorted(shapes, key=lambda s: sign * getattr(s, axis))
-    clear = len(ranked) == 1 or abs(getattr(ranked[0], axis) - getattr(ranked[1], axis)) >= margin
-    return ranked[0] if clear else None
+    first = ranked[0]
+    clear = all(
+        sign * (getattr(s, axis) - getattr(first, axis)) >= max(margin, s.radius - first.radius + 1) for s in ranked[1:]
+    )
+    return first if clear else None
 
 
 def _about_places(ask: Asker, scene: Scene) -> Iterator[Chain]:
@@ -219,24 +222,24 @@ def _about_relations(ask: Asker, scene: Scene) -> Iterator[Chain]:
 
 def _about_sizes(ask: Asker, scene: Scene) -> Iterator[Chain]:
     ranked = sorted(scene.shapes, key=lambda s: s.radius)
-    clear = {
-        "largest": ranked[-1].radius >= 1.2 * ranked[-2].radius,
-        "smallest": ranked[1].radius >= 1.2 * ranked[0].radius,
-    }
-    for key, s in (("largest", ranked[-1]), ("smallest", ranked[0])):
-        if clear[key]:
-            yield (ask.turn(key, full(s), "size"),)
-            spot = place(s)
-            if spot and ask.rng.random() < 0.5:
-                yield ask.turn(key, full(s), "size"), ask.turn("its_place", spot, "follow_up")
-    if all(clear.values()):
-        first = ask.turn("largest", full(ranked[-1]), "size")
-        yield first, ask.turn("and_the", full(ranked[0]), "follow_up", a="smallest one")
+    small, large = ranked[0], ranked[-1]
+    ends: dict[str, Shape] = {}
+    if all(large.clearly_larger(other) for other in ranked[:-1]):
+        ends["largest"] = large
+    if all(other.clearly_larger(small) for other in ranked[1:]):
+        ends["smallest"] = small
+    for key, s in ends.items():
+        yield (ask.turn(key, full(s), "size"),)
+        spot = place(s)
+        if spot and ask.rng.random() < 0.5:
+            yield ask.turn(key, full(s), "size"), ask.turn("its_place", spot, "follow_up")
+    if len(ends) == 2:
+        yield ask.turn("largest", full(large), "size"), ask.turn("and_the", full(small), "follow_up", a="smallest one")
     s, t = ask.rng.sample(scene.shapes, 2)
     called = names(scene, s), names(scene, t)
-    if all(called) and max(s.radius, t.radius) >= 1.2 * min(s.radius, t.radius):
+    if all(called) and (s.clearly_larger(t) or t.clearly_larger(s)):
         a, b = (ask.rng.choice(c) for c in called)
-        yield (ask.yes_no("larger", s.radius > t.radius, "size", a=a, b=b),)
+        yield (ask.yes_no("larger", s.clearly_larger(t), "size", a=a, b=b),)
 
 
 def about_lettering(ask: Asker, scene: Scene) -> Iterator[Chain]:

@@ -30,6 +30,8 @@ ANCHORS: dict[str, tuple[Rgb, ...]] = {
 }
 COLOURS = tuple(ANCHORS)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
+# the area of each shape of radius 1
+AREAS = {"circle": 3.14, "square": 3.24, "triangle": 1.76, "star": 1.44, "cross": 2.26, "heart": 2.21}
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 SHAPE_CLASSES = 1 + len(SHAPES) + 1 + len(CHARACTERS)
@@ -67,6 +69,11 @@ class Shape:
     @property
     def pair(self) -> tuple[str, str]:
         return self.colour, self.kind
+
+    def clearly_larger(self, other: Shape) -> bool:
+        """Whether both its width and its area are well above the other's."""
+        wider = self.radius >= 1.15 * other.radius
+        return wider and AREAS[self.kind] * self.radius**2 >= 1.2 * AREAS[other.kind] * other.radius**2
 
 
 @dataclass(frozen=True, slots=True)
