@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,6 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image as pillow
-from PIL import ImageOps
 from torch import Tensor
 
 from tinychat.config import VisionConfig
@@ -26,7 +28,17 @@ MAX_PIXELS = 40_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _ORIENTATION = 0x0112  # Exif tag
+_UPRIGHT = {  # its value -> what brings the picture upright (Exif 2.3, 4.6.4)
+    2: pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: pillow.Transpose.ROTATE_180,
+    4: pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: pillow.Transpose.TRANSPOSE,
+    6: pillow.Transpose.ROTATE_270,
+    7: pillow.Transpose.TRANSVERSE,
+    8: pillow.Transpose.ROTATE_90,
+}
 _DAMAGED = (OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, struct.error, zlib.error)
+_TEXT = "a text file"
 _KNOWN_OTHERS = (  # (offset, signature, what it is)
     (4, b"ftyphe", "a HEIC photo"),
     (4, b"ftypmif1", "a HEIC photo"),
@@ -57,7 +69,7 @@ def image_size(image: Image) -> tuple[int, int]:
     name = _name(image)
     with _open(_read_bytes(image), name) as picture:
         width, height = picture.size
-        turned = _orientation(picture, name) >= 5
+        turned = _orientation(picture) >= 5
     return (width, height) if turned else (height, width)
 
 
@@ -66,10 +78,12 @@ def read_image(image: Image) -> pillow.Image:
     name = _name(image)
     with _open(_read_bytes(image), name) as picture:
         try:
-            picture.load()
-            return to_rgb(ImageOps.exif_transpose(picture))
+            with _no_bomb(name):
+                picture.load()
+            colours, turn = to_rgb(picture), _UPRIGHT.get(_orientation(picture))
         except _DAMAGED as error:
             raise MediaError(f"{name} is damaged ({error})", "download or save the picture again") from error
+    return colours if turn is None else colours.transpose(turn)
 
 
 def to_rgb(picture: pillow.Image) -> pillow.Image:
@@ -142,21 +156,36 @@ def _near_names(path: Path) -> str:
 
 
 def _open(data: bytes, name: str) -> pillow.Image:
-    """The header only. Formats go by content; Pillow's own size check, a warning, is replaced by ours."""
+    """The header only. Formats go by content, and the size is checked before anything is decoded."""
     pillow.init()
+    damage = ""
     for kind in FORMATS:
-        if kind not in pillow.OPEN:
-            continue
-        factory, accepts = pillow.OPEN[kind]
-        if accepts is None or accepts(data[:16]) is not True and accepts(data[:16]) != 1:
+        factory, accepts = pillow.OPEN.get(kind, (None, None))
+        if factory is None or accepts is None or accepts(data[:16]) is not True:
             continue
         try:
-            picture = factory(BytesIO(data), "")
+            with _no_bomb(name):
+                picture = factory(BytesIO(data), "")
         except _DAMAGED as error:
-            raise MediaError(f"{name} begins like {kind} but is damaged ({error})", "save it again") from error
+            damage = f"begins like {kind} but is damaged ({error})"
+            continue
         _check_pixels(picture, name)
         return picture
-    raise MediaError(f"{name} is {_looks_like(data)}, not a picture", f"supported are {', '.join(FORMATS)}")
+    what = _looks_like(data)
+    if damage and what != _TEXT:
+        raise MediaError(f"{name} {damage}", "download or save the picture again")
+    raise MediaError(f"{name} is {what}, not a picture", f"supported are {', '.join(FORMATS)}")
+
+
+@contextmanager
+def _no_bomb(name: str) -> Iterator[None]:
+    """Some decoders look at sizes inside the file with a warning of Pillow's: an error here, and never printed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pillow.DecompressionBombWarning)
+        try:
+            yield
+        except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+            raise MediaError(f"{name} is too large to decode ({error})", "scale the picture down") from error
 
 
 def _check_pixels(picture: pillow.Image, name: str) -> None:
@@ -176,10 +205,10 @@ def _looks_like(data: bytes) -> str:
         text = data[:512].decode("utf-8")
     except UnicodeDecodeError as error:
         text = data[: error.start].decode("utf-8") if error.start > 500 else "\0"
-    return "of an unknown format" if "\0" in text else "a text file"
+    return "of an unknown format" if "\0" in text else _TEXT
 
 
-def _orientation(picture: pillow.Image, name: str) -> int:
+def _orientation(picture: pillow.Image) -> int:
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1  # Pillow would decode the whole picture to look behind it
     try:
@@ -218,7 +247,7 @@ def target_size(processor: Any) -> tuple[int, int]:
 
 
 def to_pixels(picture: pillow.Image, processor: Any, aspect_ratio: str | None = None) -> Tensor:
-    """An RGB picture -> [3, H, W] float32, shaped as VILA and LLaVA do.
+    """An RGB picture -> [3, H, W] float32, shaped as VILA and LLaVA do. Raises MediaError for an absurd strip.
 
     `pad`: to a square with the mean colour. `resize`: to H x W whatever its shape. None: as the processor does.
     """
@@ -227,15 +256,28 @@ def to_pixels(picture: pillow.Image, processor: Any, aspect_ratio: str | None = 
     elif aspect_ratio == "resize":
         height, width = target_size(processor)
         picture = picture.resize((width, height), pillow.Resampling.BICUBIC)
+    _check_strip(picture, int(processor.size.get("shortest_edge") or 0))
     pixels = processor.preprocess(picture, return_tensors="np")["pixel_values"][0]
     return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
 
 
 def expand_to_square(picture: pillow.Image, colour: tuple[int, ...]) -> pillow.Image:
-    """The picture centred on a square of its longer side (LLaVA's `pad`)."""
+    """The picture centred on a square of its longer side (LLaVA's `pad`), scaled where that would be over the cap."""
     side = max(picture.size)
     if picture.size == (side, side):
         return picture
+    if side * side > MAX_PIXELS:
+        scale = MAX_PIXELS**0.5 / side
+        picture = picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+        side = max(picture.size)
     square = pillow.new("RGB", (side, side), colour)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
+
+
+def _check_strip(picture: pillow.Image, shortest_edge: int) -> None:
+    """Scaling the shorter side to `shortest_edge` blows the longer one up."""
+    pixels = shortest_edge**2 * max(picture.size) / min(picture.size)
+    if pixels > MAX_PIXELS:
+        much = f"is a strip that would take {pixels / 1e6:.1f} megapixels"
+        raise MediaError(f"a picture of {picture.width} x {picture.height} pixels {much}", "crop it")
