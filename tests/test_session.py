@@ -389,6 +389,9 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert [path.name for path in tmp_path.glob(".pets*")] == []
 
 
-def test_a_name_needs_a_store() -> None:
-    with pytest.raises(UsageError, match="this session has no store for names"):
-        Session(ScriptedEngine()).save("pets")
+def test_the_store_is_the_users_own_where_none_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / "mine"))
+    session = Session(ScriptedEngine())
+    assert not (tmp_path / "mine").exists()
+    session.save("pets")
+    assert (tmp_path / "mine" / "conversations.sqlite3").exists()

@@ -65,7 +65,7 @@ class Session:
         self.system = system
         self.sampling = sampling or SamplingParams()
         self.stopping = stopping or StoppingParams()
-        self.store = store
+        self.store = Store() if store is None else store
         self.turns: tuple[Turn, ...] = ()
         self.last: Finished | None = None
         self._asked = 0
@@ -132,7 +132,7 @@ class Session:
         conversation = self.to_dict()
         if is_file(target):
             return write_conversation(Path(target).expanduser(), conversation)
-        return self._saved().save(str(target), conversation)
+        return self.store.save(str(target), conversation)
 
     def load(self, source: str | Path) -> tuple[str, ...]:
         """Replace this conversation by a saved one; gives a sentence for each picture that vanished or changed.
@@ -141,7 +141,7 @@ class Session:
         """
         if is_file(source):
             return self.restore(read_conversation(Path(source).expanduser()))
-        return self.restore(self._saved().load(str(source)))
+        return self.restore(self.store.load(str(source)))
 
     def to_dict(self) -> dict[str, Any]:
         """The conversation as JSON data. Token ids are left out: another model would read them as other words."""
@@ -213,11 +213,6 @@ class Session:
             return None
         used = self.last.seed if self.last is not None else None
         return ((self.sampling.seed if used is None else used) + 1) % 2**64
-
-    def _saved(self) -> Store:
-        if self.store is None:
-            raise UsageError("this session has no store for names", "give a file that ends in .json")
-        return self.store
 
 
 def _question(text: str, images: Sequence[Image]) -> Message:

@@ -1,0 +1,99 @@
+"""What goes on before the first word: one line that comes and goes, or one line a stage where nothing is redrawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from tinychat.core import Progress, Stage
+from tinychat.terminal.clean import put
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+_WORDS: dict[Stage, tuple[str, str]] = {
+    "load": ("loading 1 tensor", "loading {total:,} tensors"),
+    "images": ("opening 1 picture", "opening {total:,} pictures"),
+    "vision": ("looking at 1 picture", "looking at {total:,} pictures"),
+    "prefill": ("reading 1 token", "reading {total:,} tokens"),
+}
+
+
+def words(progress: Progress) -> str:
+    """A progress event in words: `reading 1,234 tokens`, with a percentage while it is under way."""
+    one, many = _WORDS[progress.stage]
+    text = one if progress.total == 1 else many.format(total=progress.total)
+    under_way = 0 < progress.done < progress.total
+    return f"{text}, {100 * progress.done // progress.total} %" if under_way else text
+
+
+class Indicator(Protocol):
+    """Where progress is shown."""
+
+    def show(self, progress: Progress) -> None:
+        """Show the latest."""
+        ...
+
+    def stop(self) -> None:
+        """Take it away; the next show brings it back."""
+        ...
+
+
+class NoIndicator:
+    """Shows nothing: what is read by programs stays clean."""
+
+    def show(self, progress: Progress) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class LineIndicator:
+    """One line a stage, never redrawn: for screen readers and terminals without cursor movement."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._stage: Stage | None = None
+
+    def show(self, progress: Progress) -> None:
+        if progress.stage != self._stage:
+            self._stage = progress.stage
+            put(self._stream, f"{words(progress)}\n")
+
+    def stop(self) -> None:
+        self._stage = None
+
+
+class SpinnerIndicator:
+    """One line with a spinner, gone when it stops."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._status: Status | None = None
+
+    def show(self, progress: Progress) -> None:
+        if self._status is None:
+            self._status = _start(self._stream, words(progress))
+        else:
+            self._status.update(words(progress))
+
+    def stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def make_indicator(stream: TextIO, plain: bool) -> Indicator:
+    """What suits the stream: nothing where it is no terminal."""
+    if not stream.isatty():
+        return NoIndicator()
+    return LineIndicator(stream) if plain else SpinnerIndicator(stream)
+
+
+def _start(stream: TextIO, text: str) -> Status:
+    from rich.console import Console
+    from rich.status import Status
+
+    status = Status(text, console=Console(file=stream, force_terminal=True))
+    status.start()
+    return status
