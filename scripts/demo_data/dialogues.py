@@ -64,6 +64,7 @@ def without_picture(ask: Asker) -> Iterator[Chain]:
 
 
 _SPELLINGS = (("colour", "color"), ("Colour", "Color"), ("gray", "grey"), ("picture", "image"))
+_ORDERS = ("Describe", "Count", "Name", "Read", "Tell", "Compare")
 _TOKEN = re.compile(r"[A-Za-z]+|\S")
 
 
@@ -72,6 +73,8 @@ def dress(rng: random.Random, question: str) -> str:
     for usual, other in _SPELLINGS:
         if usual in question and rng.random() < 0.4:
             question = question.replace(usual, other)
+    if question.startswith(_ORDERS) and rng.random() < 0.25:
+        question = "Please " + question[0].lower() + question[1:]
     chance = rng.random()
     if chance < 0.25:
         question = question[0].lower() + question[1:]
@@ -86,8 +89,18 @@ def dress(rng: random.Random, question: str) -> str:
 _NAMES = (*COLOURS, *SHAPES, *map(plural, SHAPES), "color grey image images bar chart missing nothing both same number")
 _TALK = (text for asked, answer in beyond.TALK for text in (*asked, answer))
 _KNOWN = phrases.words_in(
-    (*_NAMES, "with and an a first second", *(q for group in phrases.QUESTIONS.values() for q in group), *_TALK)
+    (
+        *_NAMES,
+        "please yes no with and an a first second middle",
+        *(q for group in phrases.QUESTIONS.values() for q in group),
+        *_TALK,
+    )
 ) | phrases.words_in((*beyond.SYSTEMS, beyond.UNKNOWN_ANSWER, beyond.NO_PICTURE_ANSWER))
+
+
+def known_words() -> frozenset[str]:
+    """The words of questions that have an answer, and of the answers, in small letters."""
+    return _KNOWN
 
 
 def template_words() -> frozenset[str]:
@@ -121,3 +134,13 @@ def _repeats(taken: list[Turn], chain: Chain) -> bool:
     return any(
         (turn.question in asked and turn.task != "follow_up") or (read and turn.task == "read") for turn in chain
     )
+
+
+def fitting(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """The first turns that MAX_TOKENS have room for; at least one."""
+    kept: list[Turn] = []
+    for turn in turns:
+        if kept and sum(map(cost, (*kept, turn))) > MAX_TOKENS:
+            break
+        kept.append(turn)
+    return tuple(kept)

@@ -31,9 +31,9 @@ ANCHORS: dict[str, tuple[Rgb, ...]] = {
     "gray": ((120, 120, 120), (145, 145, 145)),
 }
 WORDS = (
-    "ape", "bun", "cab", "den", "elk", "fan", "gum", "hut", "ink", "jug", "keg", "log", "mud", "net", "oak", "pad",
-    "rib", "sip", "ton", "urn", "vet", "yak", "arch", "bell", "cone", "drum", "fern", "glue", "hose", "jump",
-    "knot", "lime", "moth", "note", "plum", "raft", "swan", "tuba", "vine", "worm", "yarn",
+    "ape", "cab", "den", "elk", "fan", "gum", "hut", "ink", "jug", "keg", "log", "mud", "net", "oak", "pad", "rib",
+    "sip", "ton", "urn", "vet", "yak", "arch", "bell", "cone", "drum", "fern", "glue", "hose", "jump", "knot",
+    "lime", "moth", "note", "plum", "raft", "swan", "tuba", "vine", "worm", "yarn",
 )  # fmt: skip
 _GROUNDS: tuple[Rgb, ...] = ((250, 245, 235), (255, 255, 255), (215, 225, 228), (235, 240, 210), (232, 220, 215))
 
@@ -232,7 +232,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "colour_in": ("Tell me the colour of the {a} in the {n} picture.", "Which colour is the {a} in the {n} picture?"),
     "which_has": ("Tell me which picture has {x}.", "Where is {x}, in the first or in the second picture?"),
     "differs": ("Tell me what is different.", "What is the difference in the second picture?"),
-    "identical": ("Do the pictures show the same?", "Do you see a difference?"),
+    "identical": ("Do the pictures show the same?", "Tell me, are the pictures the same?"),
+    "different": ("Do you see a difference?", "Is the second picture different?"),
     "its_colour": ("Tell me its colour.", "Its colour?"),
     "its_shape": ("Tell me its shape.", "Its shape?"),
     "its_place": ("Tell me where it is.", "In which part is it?"),

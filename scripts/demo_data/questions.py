@@ -156,9 +156,9 @@ def thing_to_look_for(rng: random.Random, scenes: tuple[Scene, ...]) -> tuple[st
     """A shape, a colour or both, present in some picture half of the time, and whether each picture has it."""
     shapes = [s for scene in scenes for s in scene.shapes]
     colour, kind = rng.choice(COLOURS), rng.choice(SHAPES)
-    if shapes and rng.random() < 0.55:
+    if shapes and rng.random() < 0.4:
         colour, kind = rng.choice(shapes).pair
-    elif shapes and rng.random() < 0.4:
+    elif shapes and rng.random() < 0.3:
         colour = rng.choice(shapes).colour
     form = rng.randrange(3)
     if form == 0:
@@ -303,9 +303,8 @@ def _about_change(ask: Asker, before: Scene, kind: str, index: int) -> Iterator[
         "shape": f"The {shape.colour} shape.",
     }
     yield (ask.turn("differs", said[kind], "compare"),)
-    truth = (kind == "none") == (key_is_same := ask.rng.random() < 0.67)
-    question = ask.rng.choice(ask.phrases["identical"][:-1] if key_is_same else ask.phrases["identical"][-1:])
-    yield (Turn(question, "Yes." if truth else "No.", "compare"),)
+    yield (ask.yes_no("identical", kind == "none", "compare"),)
+    yield (ask.yes_no("different", kind != "none", "compare"),)
 
 
 def listing(parts: list[str]) -> str:

@@ -136,7 +136,8 @@ def dialogue(rng: random.Random, split: Split, pictures: int | None = None) -> D
             part = tuple(replace(turn, question=dialogues.dress(rng, turn.question)) for turn in part)
         turns += [replace(part[0], pictures=len(shown) // len(groups)), *part[1:]]
     system = rng.choice(beyond.SYSTEMS) if rng.random() < 0.08 else None
-    return Dialogue(shown, tuple(turns), system)
+    kept = dialogues.fitting(turns)
+    return Dialogue(shown[: sum(turn.pictures for turn in kept)], kept, system)
 
 
 def sample(rng: random.Random, split: Split, pictures: int | None = None) -> Sample:

@@ -7,7 +7,7 @@ from collections import Counter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from demo_data.dialogues import template_words
+from demo_data.dialogues import known_words, template_words
 from demo_data.samples import dialogue_at
 
 VOCABULARY = 512
@@ -61,6 +61,7 @@ def frequent_words(splitter: pre_tokenizers.PreTokenizer, room: int) -> list[str
         counts.update(
             piece for text in texts for part in text.split(END) for piece, _ in splitter.pre_tokenize_str(part)
         )
-    kept = template_words()
-    ranked = sorted((p for p in counts if len(p) > 1 and p.lstrip("Ġ").lower() in kept), key=lambda p: (-counts[p], p))
-    return ranked[:room]
+    answered, kept = known_words(), template_words()
+    words = {piece: piece.lstrip("Ġ").lower() for piece in counts if len(piece) > 1}
+    wanted = [piece for piece, word in words.items() if word in kept]
+    return sorted(wanted, key=lambda piece: (words[piece] not in answered, -counts[piece], piece))[:room]
