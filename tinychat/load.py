@@ -1,0 +1,358 @@
+"""The one assembly line: folder or hub id -> config -> empty model -> quantized linears -> weights -> processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tinychat import checkpoint
+from tinychat.checkpoint import Index
+from tinychat.config import VilaConfig, read_config, read_json
+from tinychat.core import Progress
+from tinychat.errors import CapacityError, ModelError, UsageError
+from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.layout import QuantSpec
+
+if TYPE_CHECKING:
+    from tinychat.inputs.processor import Processor
+    from tinychat.models.vila_llama import VilaLlamaForCausalLM
+    from tinychat.planner import Plan
+
+Json = dict[str, Any]
+Dtype = torch.dtype | str | None
+DeviceMap = str | Mapping[str, str | int | torch.device] | None
+MaxMemory = Mapping[int | str, int | str] | None
+Report = Callable[[Progress], None]
+
+EMBEDDED = Path(__file__).parent / "assets" / "demo" / "model"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FLOAT32_LIMIT = 2**30  # bytes up to which a CPU takes 16-bit weights as float32: exact, and faster to compute with
+WORDS = ["*.json", "*.jinja", "*.txt", "*.model"]  # configs, chat templates, vocabularies
+SAFE = [*WORDS, "*.safetensors"]
+PICKLED = ["*.bin", "*.pt"]
+HUB_FAULTS = (  # an exception of huggingface_hub, the first that fits; what it means; what to do
+    (
+        "HFValidationError",
+        "{repo!r} is neither a folder nor a hub id",
+        "give an existing folder, or owner/name as on the hub",
+    ),
+    (
+        "GatedRepoError",
+        "the hub gives {repo} only to those who were granted access",
+        "accept its terms on its page, then log in with `hf auth login`",
+    ),
+    (
+        "RepositoryNotFoundError",
+        "there is no folder {repo}, and the hub has no model {repo}",
+        "check the name; for a private model log in with `hf auth login`",
+    ),
+    ("RevisionNotFoundError", "the hub has no revision {revision} of {repo}", "check the revision"),
+    (
+        "LocalEntryNotFoundError",
+        "there is no folder {repo}, the cache has no complete copy, and the hub cannot be reached",
+        "connect once (and unset HF_HUB_OFFLINE), or give a folder",
+    ),
+)
+NOT_NEEDED = ["onnx/*", "original/*", "consolidated*", "training_args.bin", "optimizer*", "scheduler*", "rng_state*"]
+
+
+def load(
+    model_id: str | Path | None = None,
+    *,
+    dtype: Dtype = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    context: int | None = None,
+    progress: Report | None = None,
+) -> tuple[VilaLlamaForCausalLM, Processor]:
+    """The model and its processor. With `context` the memory for it is checked before anything is loaded.
+
+    Raises ModelError and FormatError as load_model does, CapacityError where memory does not suffice.
+    """
+    from tinychat.inputs.processor import Processor
+
+    source = open_source(resolve(model_id, revision))
+    placement = Placement(dtype, device, device_map, max_memory)
+    if context is not None and device_map is None:
+        plan(source, context, dtype, device)
+    model = assemble(source, placement, progress)
+    return model, Processor.from_folder(source.folder, source.config)
+
+
+def load_model(
+    model_id: str | Path | None = None,
+    *,
+    dtype: Dtype = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    progress: Report | None = None,
+) -> VilaLlamaForCausalLM:
+    """A model in eval mode, from a folder of any layout, a hub id, or (None) the embedded one.
+
+    dtype None: what the checkpoint says; on a CPU, models whose float part is at most 1 GiB become float32. device
+    None: CUDA where there is one. device_map ("auto", "sequential" or module -> device) and max_memory are
+    accelerate's. Raises ModelError or FormatError with a sentence about the folder, the config or the weights.
+    """
+    placement = Placement(dtype, device, device_map, max_memory)
+    return assemble(open_source(resolve(model_id, revision)), placement, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model folder that was opened: nothing but headers is read yet. Names of `index` are those in memory."""
+
+    folder: Path
+    config: VilaConfig
+    index: Index
+    spec: QuantSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the weights go, and as what. Raises UsageError where the arguments contradict each other."""
+
+    dtype: Dtype = None
+    device: str | torch.device | None = None
+    device_map: DeviceMap = None
+    max_memory: MaxMemory = None
+
+    def __post_init__(self) -> None:
+        if self.device is not None and self.device_map is not None:
+            raise UsageError("both device and device_map are given", "give one of the two")
+        if self.max_memory is not None and self.device_map is None:
+            raise UsageError("max_memory is given without device_map", "add device_map='auto'")
+
+
+def open_source(folder: Path) -> Source:
+    """Read a folder's config and its weights' headers. For original LLaVA the vision tower is found, or fetched."""
+    config = read_config(folder)
+    spec = quant_spec(config)
+    index = checkpoint.open_model(folder, config.layout)
+    if config.layout == "llava":
+        tower = find_tower(folder, config)
+        config.vision_tower_cfg = read_json(tower / "config.json")
+        if not any(".vision_tower." in name for name in index.names()):
+            index = checkpoint.open_model(folder, config.layout, tower)
+    return Source(folder, config, index.renamed(config.layout), spec)
+
+
+def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:
+    """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time."""
+    device = default_device() if placement.device is None else torch.device(placement.device)
+    dtype = choose_dtype(source, placement.dtype, device if placement.device_map is None else torch.device("cuda"))
+    model = empty_model(source.config, dtype, source.spec)
+    device_map = None
+    if placement.device_map is not None:
+        device_map = _device_map(model, placement.device_map, placement.max_memory, dtype)
+    checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, _reporter(progress))
+    model.eval()
+    return _dispatched(model, device_map) if device_map else model
+
+
+def plan(source: Source, context: int, dtype: Dtype = None, device: str | torch.device | None = None) -> Plan:
+    """Whether the model and a context of so many tokens fit. Raises CapacityError where they do not."""
+    from tinychat import planner
+
+    where = default_device() if device is None else torch.device(device)
+    kind = choose_dtype(source, dtype, where)
+    held = planner.weights_bytes(source.index, kind)
+    return planner.check(
+        source.config, context, weights_bytes=held, dtype=kind, device=where, quantized=source.spec is not None
+    )
+
+
+def empty_model(config: VilaConfig, dtype: torch.dtype, spec: QuantSpec | None = None) -> VilaLlamaForCausalLM:
+    """The structure on the meta device, the decoder's linears quantized where `spec` says so."""
+    from tinychat.models.vila_llama import VilaLlamaForCausalLM
+
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = VilaLlamaForCausalLM(config)
+        if spec is not None:
+            swap_quantized(model, spec, _spared(config), config.layout)
+    return model
+
+
+def swap_quantized(model: nn.Module, spec: QuantSpec, spared: tuple[str, ...], layout: str) -> None:
+    """Replace the linears of the decoder's layers by quantized ones, but for those whose names `spared` covers."""
+    from tinychat.layers.linear import QuantLinear
+
+    names = {f".{checkpoint.rename(f'{name}.', layout).rstrip('.')}." for name in spared} | {f".{n}." for n in spared}
+    for name, module in list(model.named_modules()):
+        if not name.startswith("llm.model.layers.") or not isinstance(module, nn.Linear):
+            continue
+        if any(part in f".{name}." for part in names):
+            continue
+        try:
+            packed = QuantLinear(module.in_features, module.out_features, spec, bias=module.bias is not None)
+        except LayoutError as error:
+            remedy = "take a checkpoint with another group_size"
+            raise ModelError(f"{name} cannot be quantized as the config says: {error}", remedy) from error
+        model.set_submodule(name, packed)
+
+
+def quant_spec(config: VilaConfig) -> QuantSpec | None:
+    """How the decoder is quantized: None for float weights. Raises ModelError for a method that is not supported."""
+    raw = _quantization(config)
+    if not raw:
+        return None
+    method, version = str(raw.get("quant_method", "unknown")), str(raw.get("version", "gemm")).lower()
+    if method != "awq" or version != "gemm":
+        name = f"{method}/{version}" if method == "awq" else method
+        message = f"the checkpoint is quantized with {name}, which is not supported"
+        raise ModelError(message, "take an AWQ checkpoint of version gemm, or the 16-bit model")
+    if (bits := raw.get("bits", raw.get("w_bit", 4))) != 4:
+        raise ModelError(f"the checkpoint has {bits}-bit AWQ weights", "take a 4-bit one")
+    try:
+        group = raw.get("group_size", raw.get("q_group_size", 128))
+        return QuantSpec(4, group_size=group, zero_point=bool(raw.get("zero_point", True)))
+    except LayoutError as error:
+        raise ModelError(f"the quantization_config is not supported: {error}", "take another checkpoint") from error
+
+
+def _quantization(config: VilaConfig) -> Json:
+    """The quantization_config of the root, else of the decoder's own config.json; compressed-tensors has its own."""
+    roots: list[Mapping[str, Any]] = [vars(config), config.llm_cfg or {}]
+    found = [root[key] for root in roots for key in ("quantization_config", "compression_config") if root.get(key)]
+    if not found:
+        return {}
+    return dict(found[0]) if isinstance(found[0], Mapping) else found[0].to_dict()
+
+
+def _spared(config: VilaConfig) -> tuple[str, ...]:
+    return tuple(_quantization(config).get("modules_to_not_convert") or ())
+
+
+def choose_dtype(source: Source, asked: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype asked for, else the checkpoint's, widened to float32 on a CPU while that is small."""
+    from tinychat import planner
+
+    if isinstance(asked, torch.dtype):
+        return asked
+    if asked not in (None, "auto"):
+        name = asked.removeprefix("torch.")
+        if name not in DTYPES:
+            raise UsageError(f"dtype is {asked!r}", f"give one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cpu" and planner.float_bytes(source.index, torch.float32) <= FLOAT32_LIMIT:
+        return torch.float32
+    config, stored = source.config, source.index.dtype("llm.model.embed_tokens.weight")
+    named = str(config.dtype or getattr(config, "model_dtype", "")).removeprefix("torch.")
+    return DTYPES.get(named, stored)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve(model_id: str | Path | None, revision: str | None = None) -> Path:
+    """The folder of a model: the embedded one (None), a folder, or a hub id's snapshot, downloaded where it is new.
+
+    Raises ModelError: nothing there, a file, offline, not found, gated.
+    """
+    if model_id is None:
+        if not (EMBEDDED / "config.json").is_file():
+            raise ModelError("this installation has no embedded model", "give --model a folder or a hub id")
+        return EMBEDDED
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file", f"give the folder of the model, for instance {path.absolute().parent}")
+    if _looks_like_path(str(model_id)):
+        raise ModelError(f"there is no folder {path}", _nearby(path))
+    return _snapshot(str(model_id), revision)
+
+
+def find_tower(folder: Path, config: VilaConfig) -> Path:
+    """The folder of an original LLaVA's vision tower: config.mm_vision_tower as a path, vision_tower/, or a hub id."""
+    named = config.mm_vision_tower or ""
+    local = [folder / name for name in (named, "vision_tower") if name]
+    for path in local:
+        if (path / "config.json").is_file():
+            return path
+    if not named or _looks_like_path(named):
+        tried = ", ".join(str(path) for path in local)
+        message = f"the vision tower {named!r} of {folder} was not found (looked for {tried})"
+        raise ModelError(message, f"put the tower into {folder / 'vision_tower'}")
+    return _snapshot(named, None)
+
+
+def _looks_like_path(text: str) -> bool:
+    parts = text.replace("\\", "/").split("/")
+    return len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[-1] == "" or "\\" in text
+
+
+def _nearby(path: Path) -> str:
+    """What to do about a folder that is not there: the nearest parent that is, and what it holds."""
+    parent = next((p for p in path.absolute().parents if p.is_dir()), Path("/"))
+    there = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]
+    return f"{parent} has {', '.join(there) or 'no folders'}"
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    """The files of a hub id that are needed, through the hub's cache; pickles only where there are no safetensors."""
+    folder = _download(repo, revision, SAFE)
+    if any(folder.rglob("*.safetensors")):
+        return folder
+    return _download(repo, revision, [*WORDS, *PICKLED])
+
+
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    transport: type[Exception] = vars(errors)["HTTPError"]  # of whichever HTTP library it uses
+    try:
+        found = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_NEEDED
+        )
+    except (ValueError, OSError, transport) as error:
+        for name, message, remedy in HUB_FAULTS:
+            if isinstance(error, getattr(errors, name)):
+                raise ModelError(message.format(repo=repo, revision=revision or "main"), remedy) from error
+        raise ModelError(f"{repo} could not be downloaded ({error})", "try again: what is there is kept") from error
+    return Path(found)
+
+
+def _device_map(
+    model: nn.Module, asked: str | Mapping[str, Any], max_memory: MaxMemory, dtype: torch.dtype
+) -> dict[str, Any]:
+    """accelerate's map of modules to devices. Raises CapacityError where something would go to disk."""
+    if not isinstance(asked, str):
+        return dict(asked)
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    if asked not in ("auto", "sequential"):
+        raise UsageError(f"device_map is {asked!r}", "give auto, sequential, or a mapping of modules to devices")
+    whole: Json = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
+    memory = dict(max_memory) if max_memory is not None else None
+    if asked == "auto":
+        memory = get_balanced_memory(model, memory, **whole)
+    found = infer_auto_device_map(model, memory, **whole)
+    if homeless := [name for name, device in found.items() if device == "disk"]:
+        message = f"{len(homeless)} parts of the model ({homeless[0]}, ...) fit on no device within max_memory"
+        raise CapacityError(message, "allow more memory, or take a 4-bit checkpoint")
+    return found
+
+
+def _dispatched(model: VilaLlamaForCausalLM, device_map: dict[str, Any]) -> VilaLlamaForCausalLM:
+    from accelerate import dispatch_model
+
+    if len(set(map(str, device_map.values()))) > 1:
+        dispatch_model(model, device_map)  # hooks that move activations between the devices, set in place
+    return model
+
+
+def _reporter(progress: Report | None) -> checkpoint.Progress | None:
+    return (lambda done, total: progress(Progress("", "load", done, total))) if progress else None

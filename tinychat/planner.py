@@ -1,0 +1,169 @@
+"""Will it fit? The memory that a model and a context need, against what is free, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from tinychat.checkpoint import Index
+from tinychat.config import TextConfig, VilaConfig, VisionConfig
+from tinychat.errors import CapacityError
+
+GIB = 2**30
+CHUNK = 512  # tokens of a prefill chunk
+PACKED = (".qweight", ".qzeros", ".scales")  # stay as on disk
+MARGIN = 0.05  # of the rest, for what is not counted below
+CUDA_CONTEXT = 400 * 2**20  # the driver's context and the kernels
+CPU_WORKSPACE = 64 * 2**20
+STEP = 256  # contexts are suggested in multiples of this
+CGROUP_LIMITS = (  # (limit, used), of version 2 and version 1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+BITS_4 = (4 + 20 / 128) / 8  # bytes a weight at group size 128: the weight, a 16-bit scale and a 4-bit zero a group
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes needed by part, and bytes free. `activations` are those of one chunk, `vision` those of one picture."""
+
+    context: int
+    weights: int
+    kv: int
+    activations: int
+    vision: int
+    margin: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        """Encoding a picture and a chunk of the prompt do not happen at once."""
+        return self.weights + self.kv + max(self.activations, self.vision) + self.margin
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.free
+
+    @property
+    def sentence(self) -> str:
+        parts = f"weights {_gib(self.weights)}, {self.context} tokens of context {_gib(self.kv)}"
+        work = _gib(max(self.activations, self.vision) + self.margin)
+        return f"{_gib(self.total)} GiB are needed ({parts}, work space {work}), {_gib(self.free)} GiB are free"
+
+
+def check(
+    config: VilaConfig,
+    context: int,
+    *,
+    weights_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    free: int | None = None,
+    quantized: bool = False,
+) -> Plan:
+    """The plan, if it fits. Raises CapacityError with one sentence: the figures, and what to change."""
+    where = torch.device(device)
+    plan = _plan(config, context, weights_bytes, dtype, where, free_bytes(where) if free is None else free)
+    if not plan.fits:
+        raise CapacityError(plan.sentence, _remedy(plan, config.text, dtype, quantized))
+    return plan
+
+
+def weights_bytes(index: Index, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's tensors once loaded: floats in `dtype`, packed weights and scales as on disk."""
+    return float_bytes(index, dtype) + sum(index.entry(name).nbytes for name in index.names() if _stays(index, name))
+
+
+def float_bytes(index: Index, dtype: torch.dtype) -> int:
+    """Of these, the tensors that take on `dtype`."""
+    entries = [index.entry(name) for name in index.names() if not _stays(index, name)]
+    return sum(entry.nbytes // entry.dtype.itemsize * dtype.itemsize for entry in entries)
+
+
+def kv_bytes(text: TextConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes."""
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process can still take: on a CPU what the system and its container leave, else the device's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    room = psutil.virtual_memory().available
+    return min([room, *_container_room(Path("/sys/fs/cgroup"))])
+
+
+def _container_room(root: Path) -> list[int]:
+    """What the memory limits of a container leave, page cache not counted as taken."""
+    rooms: list[int] = []
+    for limit_name, used_name in CGROUP_LIMITS:
+        limit, used = _number(root / limit_name), _number(root / used_name)
+        if limit is not None and used is not None:
+            rooms.append(max(0, limit - used + _inactive_file((root / limit_name).parent / "memory.stat")))
+    return rooms
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such version of cgroups, or "max"
+        return None
+
+
+def _inactive_file(path: Path) -> int:
+    """Bytes of page cache that the kernel gives back at need."""
+    try:
+        rows = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+        return int(rows.get("total_inactive_file") or rows.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def _stays(index: Index, name: str) -> bool:
+    return name.endswith(PACKED) or not index.dtype(name).is_floating_point
+
+
+def _plan(config: VilaConfig, context: int, held: int, dtype: torch.dtype, device: torch.device, free: int) -> Plan:
+    text, vision = config.text, config.vision
+    kv = kv_bytes(text, dtype) * context
+    activations = _chunk_bytes(text, min(CHUNK, context), context, dtype)
+    encoding = _vision_bytes(vision, dtype) if vision is not None else 0
+    fixed = CUDA_CONTEXT if device.type == "cuda" else CPU_WORKSPACE
+    margin = fixed + int(MARGIN * (held + kv))
+    return Plan(context, held, kv, activations, encoding, margin, free)
+
+
+def _chunk_bytes(text: TextConfig, tokens: int, context: int, dtype: torch.dtype) -> int:
+    """Activations of one layer for a chunk: the residual stream, q, k and v, gate and up, the mask, and the logits."""
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    rows = 4 * text.hidden_size + 2 * heads * text.head_dim + 3 * text.intermediate_size
+    return tokens * (rows * dtype.itemsize + context * 5) + text.vocab_size * 8
+
+
+def _vision_bytes(vision: VisionConfig, dtype: torch.dtype) -> int:
+    """Activations of one layer of the tower for one picture, with the attention scores of all heads."""
+    tokens = vision.num_features + 1
+    rows = 6 * vision.hidden_size + 2 * vision.intermediate_size
+    pixels = 3 * vision.image_size**2 * 4
+    return tokens * (rows + vision.num_attention_heads * tokens) * dtype.itemsize + pixels
+
+
+def _remedy(plan: Plan, text: TextConfig, dtype: torch.dtype, quantized: bool) -> str:
+    """What to change: a shorter context where that suffices, else smaller weights."""
+    spare = plan.free - (plan.total - plan.kv - int(MARGIN * plan.kv))
+    fitting = int(spare / (kv_bytes(text, dtype) * (1 + MARGIN))) // STEP * STEP
+    if fitting > 0:
+        return f"try --context {fitting}"
+    if dtype == torch.float32:
+        return f"try --dtype bfloat16, where the weights take {_gib(plan.weights // 2)} GiB"
+    if not quantized:
+        smaller = _gib(int(plan.weights / dtype.itemsize * BITS_4))
+        return f"take a 4-bit checkpoint of this model, whose weights take about {smaller} GiB, or free memory"
+    return "free memory, or take a smaller model"
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.1f}" if count >= GIB / 10 else f"{count / GIB:.3f}"
