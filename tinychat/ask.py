@@ -23,6 +23,8 @@ BY_CODE = {kind.exit_code: kind for kind in (UsageError, ModelError, MediaError,
 class Engine(Protocol):
     """The part of the engine that asking needs."""
 
+    context: int
+
     def run(self, requests: Iterable[Request]) -> Iterable[Event]: ...
 
 
@@ -160,6 +162,8 @@ def ask_each(asker: Asker, query: Query, files: Sequence[str], out: Path, report
 
     A file that cannot be answered is reported and left for the next call. Returns the exit code of the first of them.
     """
+    if not files:
+        raise UsageError("--jsonl has no FILES to ask about", "name one or more")
     done = answered(out, query.question, asker.model)
     inputs = list(dict.fromkeys(files))
     todo = [file for file in inputs if file not in done]

@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,10 +34,13 @@ from tinychat.flags import (
 
 if TYPE_CHECKING:
     from tinychat.ask import Asker
+    from tinychat.core import Progress
     from tinychat.engine.engine import Engine
+    from tinychat.load import Placement
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell shows of a process that SIGPIPE ended
+DTYPES: dict[str | None, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EMBEDDED = "embedded"  # the model's name where --model is not given
 BadUsage = typer.BadParameter.__bases__[0]  # the parser's error for any wrong flag, argument or verb
 
@@ -81,15 +85,17 @@ def root(
 @with_flags
 def chat(flags: ChatFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
     """Talk with a model about pictures."""
-    from tinychat import terminal
     from tinychat.ask import read_picture
     from tinychat.session import Session
+    from tinychat.store import Store
+    from tinychat.terminal.repl import run_chat
 
     images = [read_picture(path) for path in flags.image]
-    loaded = open_model(model)
+    loaded = open_model(model, plain=flags.plain)
     draw = sampling.sampling(checkpoint_sampling(loaded.processor.generation))
-    session = Session(loaded.engine, system=flags.system, sampling=draw, stopping=sampling.stopping())
-    return terminal.run_chat(session, plain=is_plain(flags.plain), images=images)
+    session = Session(loaded.engine, system=flags.system, sampling=draw, stopping=sampling.stopping(), store=Store())
+    title = model.model or EMBEDDED
+    return run_chat(session, plain=flags.plain, images=images, title=f"tinychat with {title}", stats=flags.stats)
 
 
 @app.command()
@@ -102,7 +108,7 @@ def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
     query, files = asking.gather(flags.words, flags.image, asking.stdin_bytes())
     asker = asking.Asker(
         model=model.model or EMBEDDED,
-        open=lambda: open_model(model).engine,
+        open=lambda: open_model(model, plain=flags.plain).engine,
         system=flags.system,
         sampling=sampling.sampling(SamplingParams()),
         stopping=sampling.stopping(),
@@ -117,13 +123,17 @@ def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
 
 
 def _print_answer(asker: Asker, query: Any, flags: AskFlags) -> int:
-    from tinychat import terminal
     from tinychat.core import Failed
+    from tinychat.terminal.answers import print_answer, stats_line
 
-    events = asker.open().run([asker.request("ask", query)])
-    plain = is_plain(flags.plain)
-    end = terminal.print_answer(events, out=sys.stdout, err=sys.stderr, plain=plain, stream=flags.stream)
-    return end.exit_code if isinstance(end, Failed) else 0
+    engine = asker.open()
+    events = engine.run([asker.request("ask", query)])
+    end = print_answer(events, out=sys.stdout, err=sys.stderr, plain=flags.plain, stream=flags.stream)
+    if isinstance(end, Failed):
+        return end.exit_code
+    if flags.stats:
+        _note(stats_line(end, engine.context))
+    return 0
 
 
 @app.command()
@@ -161,33 +171,68 @@ def doctor(flags: DoctorFlags) -> int:
     return 0
 
 
-def open_model(flags: ModelFlags) -> Loaded:
-    """Find, check against the memory, and load the model; raises ModelError, FormatError or CapacityError."""
+def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:
+    """Find the model, check it against the memory, and load it; progress goes to a terminal on stderr.
+
+    Raises UsageError, ModelError, FormatError or CapacityError, and all but the last weights' own before the loading.
+    """
     import torch
 
-    from tinychat import load, planner
-    from tinychat.config import read_config
-    from tinychat.engine.engine import Engine
+    from tinychat import load
+    from tinychat.engine.engine import CONTEXT, Engine
+    from tinychat.inputs.processor import Processor
 
-    parse_max_memory(flags.max_memory)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    folder = load.resolve(flags.model)
-    planner.check(read_config(folder), flags.context)
-    start = time.perf_counter()
-    model, processor = load.load(flags.model)
-    engine = Engine(model, processor, context=flags.context, chunk=flags.chunk, load_s=time.perf_counter() - start)
+    placement = _placement(flags)
+    source = load.open_source(load.resolve(flags.model, flags.revision))
+    context = flags.context or min(source.config.text.max_position_embeddings, CONTEXT)
+    if flags.device_map is None:
+        load.plan(source, context, placement.dtype, placement.device)
+    started = time.perf_counter()
+    processor = Processor.from_folder(source.folder, source.config, flags.template)
+    with _progress(plain) as report:
+        model = load.assemble(source, placement, report)
+    engine = Engine(model, processor, context=context, chunk=flags.chunk, load_s=time.perf_counter() - started)
     return Loaded(model, processor, engine)
 
 
-def is_plain(asked: bool) -> bool:
-    """Whether to print without colours and drawing: asked for, by NO_COLOR, or because stdout is no terminal."""
-    return asked or bool(os.environ.get("NO_COLOR")) or not sys.stdout.isatty()
+def _placement(flags: ModelFlags) -> Placement:
+    """The flags in the loader's words; raises UsageError for a device that is not here."""
+    import torch
+
+    from tinychat.load import Placement
+
+    try:
+        device = torch.device(flags.device) if flags.device else None
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {flags.device!r}", "give cpu, cuda or cuda:N") from error
+    count = torch.cuda.device_count()
+    if device is not None and device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(
+            f"torch finds {count} CUDA devices, not {device}", "see `tinychat doctor`, or give --device cpu"
+        )
+    return Placement(DTYPES.get(flags.dtype, flags.dtype), device, flags.device_map, parse_max_memory(flags.max_memory))
+
+
+@contextmanager
+def _progress(plain: bool) -> Iterator[Callable[[Progress], None]]:
+    """What shows the loading on stderr, taken away at the end."""
+    from tinychat.terminal.answers import is_plain
+    from tinychat.terminal.progress import make_indicator
+
+    indicator = make_indicator(sys.stderr, is_plain(sys.stderr, plain))
+    try:
+        yield indicator.show
+    finally:
+        indicator.stop()
 
 
 def _draw_table(rows: Sequence[Sequence[str]]) -> None:
     """A table by rich on a terminal, columns of text elsewhere; the first row is the head."""
-    if is_plain(False):
+    from tinychat.terminal.answers import is_plain
+
+    if is_plain(sys.stdout):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for label, *cells in rows:
             numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))

@@ -29,6 +29,7 @@ System = Annotated[str | None, typer.Option(help="The system prompt.", show_defa
 Plain = Annotated[
     bool, typer.Option("--plain", "--no-color", help="Plain text without colours or drawing; NO_COLOR does the same.")
 ]
+Stats = Annotated[bool, typer.Option("--stats", help="Show tokens, speed and times after an answer.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -47,13 +48,11 @@ class ModelFlags:
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU where there is one")
     ] = None
-    device_map: Annotated[
-        str | None, typer.Option(help="Spread the layers over devices: auto, balanced or sequential.")
-    ] = None
+    device_map: Annotated[str | None, typer.Option(help="Spread the layers over devices: auto or sequential.")] = None
     max_memory: Annotated[str | None, typer.Option(help="Limits for --device-map, such as 0=10GiB,cpu=30GiB.")] = None
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens of context to hold.", min=1, show_default="what the model and memory allow"),
+        typer.Option(help="Tokens of context to hold.", min=1, show_default="4096, or the most that the model can"),
     ] = None
     chunk: Annotated[int, typer.Option(help="Prompt tokens computed at once.", min=1)] = 512
     template: Annotated[
@@ -102,6 +101,7 @@ class ChatFlags:
     image: Images = field(default_factory=list[str])
     system: System = None
     plain: Plain = False
+    stats: Stats = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class AskFlags:
     system: System = None
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the answer as it grows.")] = True
     plain: Plain = False
+    stats: Stats = False
     json: AsJson = False
     jsonl: Annotated[
         str | None, typer.Option(metavar="OUT", help="Ask once for each FILE, one JSON line each; resumable.")

@@ -1,0 +1,290 @@
+"""The command line: what each verb hands on, what is printed where, and the exit code of every way to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image as pillow
+from scripted_engine import ScriptedEngine
+
+from tinychat import __version__, cli, doctor
+from tinychat.core import Failed, Image, SamplingParams, StoppingParams
+from tinychat.errors import CapacityError, FormatError, MediaError, ModelError, TinychatError, UsageError
+from tinychat.flags import ModelFlags
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line with nothing on stdin; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        code = cli.main(arguments)
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+class Engine(ScriptedEngine):
+    def reset(self) -> None:
+        pass
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine in place of the loaded one; `engine.flags` is what the model was opened with."""
+    fake = Engine()
+    fake.flags = None  # type: ignore[attr-defined]
+
+    def open_model(flags: ModelFlags, plain: bool = False) -> cli.Loaded:
+        fake.flags = flags  # type: ignore[attr-defined]
+        model = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+        return cli.Loaded(model, FakeProcessor(), fake)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cli, "open_model", open_model)
+    return fake
+
+
+class FakeProcessor:
+    generation = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+
+    def __call__(self, request: Any) -> SimpleNamespace:
+        return SimpleNamespace(ids=request.parts[0].text.split())
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    pillow.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+def raises(error: BaseException) -> Callable[..., None]:
+    def act(*_: object, **__: object) -> None:
+        raise error
+
+    return act
+
+
+# Help
+
+
+def test_help_lists_what_works_and_nothing_else(run: Run):
+    code, out, _ = run("--help")
+    assert code == 0
+    verbs = re.findall(r"^  ([a-z]+) {2,}", out.partition("Commands:")[2], re.M)
+    assert verbs == ["chat", "ask", "bench", "doctor"]
+
+
+def test_no_verb_shows_the_help(run: Run):
+    assert run() == run("--help")
+
+
+def test_the_version(run: Run):
+    assert run("--version") == (0, f"tinychat {__version__}\n", "")
+
+
+@pytest.mark.parametrize("verb", ["chat", "ask", "bench"])
+def test_the_model_s_flags_are_everywhere(run: Run, verb: str):
+    out = run(verb, "--help")[1]
+    for name in ModelFlags.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out
+
+
+# Ends
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["aks"], "error: no such command 'aks'; did you mean 'ask'?"),
+        (["frobnicate"], "error: no such command 'frobnicate'; `tinychat --help` shows what there is"),
+        (["ask", "--modle", "x"], "error: no such option: --modle; did you mean --model?"),
+        (["ask", "--seed"], "error: option '--seed' requires an argument; `tinychat"),
+        (["ask", "--context", "many"], "error: invalid value for '--context': "),
+        (["bench", "--rounds", "0"], "error: invalid value for '--rounds': "),
+        (["ask", "--temperature", "-1", "hi"], "error: temperature is -1.0, it must be 0 or more; give a temperature"),
+        (["ask"], "error: there is no question; write one"),
+        (["ask", "hi", "--json", "--jsonl", "x"], "error: --json and --jsonl exclude each other; give one of the two"),
+        (["doctor", "--clear"], "error: --clear is for the cache; write doctor --cache --clear"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_code_2(run: Run, arguments: list[str], sentence: str):
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [(TinychatError, 1), (UsageError, 2), (ModelError, 3), (FormatError, 3), (MediaError, 4), (CapacityError, 5)],
+)
+def test_each_of_our_errors_is_one_line_and_its_code(
+    run: Run, monkeypatch: pytest.MonkeyPatch, kind: type[TinychatError], code: int
+):
+    monkeypatch.setattr(cli, "open_model", raises(kind("there is\x1b[31m no\nmodel", "take another")))
+    assert run("ask", "hi") == (code, "", "error: there is[31m no model; take another\n")
+
+
+def test_a_bug_says_so_and_shows_its_trace_when_asked(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "open_model", raises(ZeroDivisionError("by 0")))
+    code, out, err = run("ask", "hi")
+    assert (code, out) == (1, "")
+    assert err.startswith("tinychat hit a bug: ZeroDivisionError: by 0; run it again with --verbose")
+    for arguments in (["--verbose", "ask", "hi"], ["ask", "--verbose", "hi"]):
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert err.startswith("Traceback") and "tinychat hit a bug" in err
+
+
+def test_a_missing_library_is_named(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "open_model", raises(ModuleNotFoundError("No module named 'torch'", name="torch")))
+    assert run("ask", "hi") == (1, "", "error: torch is not installed; install it: pip install torch\n")
+
+
+def test_an_interrupted_run_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "open_model", raises(KeyboardInterrupt()))
+    assert run("ask", "hi") == (130, "", "")
+
+
+def test_a_reader_that_goes_away_is_no_news():
+    out, into = os.pipe()
+    os.close(out)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    with os.fdopen(into, "wb") as sink:
+        done = subprocess.run(
+            [sys.executable, "-m", "tinychat", "--help"],
+            stdout=sink,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path},
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# ask
+
+
+def test_ask_prints_the_answer(run: Run, engine: Engine, picture: str):
+    assert run("ask", "What is it?", picture) == (0, "It is a red circle.\n", "")
+    [request] = engine.requests
+    assert request.messages[0].text == "What is it?"
+    assert request.messages[0].images == (Image(path=picture),)
+    assert (request.sampling, request.stopping) == (SamplingParams(temperature=0.0), StoppingParams())
+
+
+def test_ask_hands_on_what_the_flags_say(run: Run, engine: Engine):
+    flags = "--system Brief. --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 7 --max-new-tokens 9 --stop END"
+    code, _, _ = run("ask", "hi", *flags.split(), "--stop", "\n\n", "-m", "folder", "--threads", "1", "--no-stream")
+    assert code == 0
+    [request] = engine.requests
+    assert [message.text for message in request.messages] == ["Brief.", "hi"]
+    assert request.sampling == SamplingParams(temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=7)
+    assert request.stopping == StoppingParams(9, ("END", "\n\n"))
+    assert engine.flags == ModelFlags(model="folder", threads=1)  # type: ignore[attr-defined]
+
+
+def test_ask_shows_its_figures_when_asked(run: Run, engine: Engine):
+    code, out, err = run("ask", "hi", "--stats")
+    assert (code, out) == (0, "It is a red circle.\n")
+    assert "tokens at 20.0/s" in err and "context 17 of 2,048" in err
+
+
+def test_ask_prints_one_object(run: Run, engine: Engine, picture: str):
+    code, out, err = run("ask", "What?", "-i", picture, "--json", "-m", "folder")
+    found = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert (found["schema"], found["model"], found["usage"]["image_tokens"]) == ("tinychat.ask/1", "folder", 64)
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_what_the_engine_fails_with_is_the_code(run: Run, engine: Engine, more: tuple[str, ...]):
+    engine.scripts = [Failed("ask", "9000 tokens do not fit into 4096", "ask for less", 5)]
+    assert run("ask", "hi", *more) == (5, "", "error: 9000 tokens do not fit into 4096; ask for less\n")
+
+
+def test_ask_answers_each_file_once(run: Run, engine: Engine, picture: str, tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    code, printed, err = run("ask", "What?", picture, "gone.png", "--jsonl", str(out))
+    assert (code, printed) == (4, "")
+    assert "gone.png: gone.png does not exist" in err
+    assert [json.loads(line)["input"] for line in out.read_text().splitlines()] == [picture]
+    run("ask", "What?", picture, "--jsonl", str(out))
+    assert len(engine.requests) == 1
+
+
+def test_answers_for_each_file_need_files(run: Run, engine: Engine, tmp_path: Path):
+    code, _, err = run("ask", "What?", "--jsonl", str(tmp_path / "out.jsonl"))
+    assert (code, err) == (2, "error: --jsonl has no FILES to ask about; name one or more\n")
+
+
+def test_ask_reads_stdin_where_a_dash_says_so(run: Run, engine: Engine, picture: str):
+    assert run("ask", "What is it?", "-", stdin=Path(picture).read_bytes())[0] == 0
+    assert run("ask", "Sum up:", "-", stdin=b"some text")[0] == 0
+    assert engine.requests[0].messages[0].images == (Image(data=Path(picture).read_bytes()),)
+    assert engine.requests[1].messages[0].text == "Sum up:\n\nsome text"
+
+
+def test_a_bad_picture_is_refused_before_the_model_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(cli, "open_model", raises(AssertionError("loaded")))
+    (tmp_path / "notes.png").write_text("words")
+    code, _, err = run("ask", "What?", str(tmp_path / "notes.png"))
+    assert (code, err.partition(";")[0]) == (4, f"error: {tmp_path / 'notes.png'} is a text file, not a picture")
+
+
+# chat, bench, doctor
+
+
+def test_chat_hands_on_what_the_flags_say(run: Run, engine: Engine, picture: str, monkeypatch: pytest.MonkeyPatch):
+    chats: list[tuple[Any, dict[str, Any]]] = []
+
+    def run_chat(session: Any, **how: Any) -> int:
+        chats.append((session, how))
+        return 7
+
+    monkeypatch.setattr("tinychat.terminal.repl.run_chat", run_chat)
+    assert run("chat", "-i", picture, "--system", "Brief.", "--top-p", "0.5", "--no-color", "--stats")[0] == 7
+    [(session, how)] = chats
+    images = [Image(path=picture)]
+    assert how == {"plain": True, "images": images, "title": "tinychat with embedded", "stats": True}
+    assert (session.system, session.engine) == ("Brief.", engine)
+    assert session.sampling == SamplingParams(temperature=0.2, top_k=50, top_p=0.5)
+
+
+def test_bench_prints_a_table_or_an_object(run: Run, engine: Engine):
+    code, out, err = run("bench", "--prompt-tokens", "20", "--rounds", "1")
+    assert (code, err) == (0, "warm-up\nround 1 of 1\n")
+    assert re.search(r"^decode, tokens/s +20 +20 +20$", out, re.M)
+    assert "peak memory: RAM" in out
+    code, out, _ = run("bench", "--prompt-tokens", "20", "--rounds", "1", "--images", "1", "--json")
+    assert (code, json.loads(out)["images"]) == (0, 1)
+
+
+def test_doctor_prints_text_or_an_object(run: Run):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Versions\n  tinychat {__version__}\n")
+    assert json.loads(run("doctor", "--json")[1])["schema"] == "tinychat.doctor/1"
+
+
+def test_doctor_clears_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path))
+    (tmp_path / doctor.CACHES[0]).mkdir()
+    (tmp_path / doctor.CACHES[0] / "a").write_bytes(b"12345")
+    code, out, err = run("doctor", "--cache", "--clear")
+    assert (code, out, err) == (0, f"Cache\n  {tmp_path}\n", "deleted 5 B\n")
+    assert list(tmp_path.iterdir()) == []
