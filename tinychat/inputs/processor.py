@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from tinychat.config import VilaConfig, read_json
 from tinychat.core import Image, Message, Part, Request, Text
@@ -82,7 +83,7 @@ class Processor:
         parts = (folder / "llm", folder)
         generation = next((part / "generation_config.json" for part in parts if _has(part, "generation_config")), None)
         return cls(
-            _read_tokenizer(folder),
+            _read_tokenizer(folder, config),
             _read_image_processor(folder, config),
             config,
             read_json(generation) if generation else None,
@@ -156,10 +157,9 @@ class Processor:
 
     def _marked_text(self, parts: Sequence[Part], after_image: str) -> str:
         """Text quoted, pictures as marks, each followed by `after_image` unless it is the last part."""
-        pieces: list[str] = []
-        for stretch in _runs(parts):
-            pieces.append(IMAGE + after_image if isinstance(stretch, Image) else self.marked.quote(stretch))
-        if parts and isinstance(parts[-1], Image):
+        runs = list(_runs(parts))
+        pieces = [IMAGE + after_image if isinstance(run, Image) else self.marked.quote(run) for run in runs]
+        if runs and isinstance(runs[-1], Image):
             pieces[-1] = IMAGE
         return "".join(pieces)
 
@@ -197,17 +197,13 @@ class Processor:
         return frozenset(i for i in ids if isinstance(i, int)), strings
 
 
-def _runs(parts: Sequence[Part]) -> Iterator[str | Image]:
+def _runs(parts: Iterable[Part]) -> Iterator[str | Image]:
     """Neighbouring texts as one: a special token's string may lie across two."""
-    words: list[str] = []
-    for part in parts:
-        if isinstance(part, Text):
-            words.append(part.text)
-            continue
-        yield "".join(words)
-        words = []
-        yield part
-    yield "".join(words)
+    for is_text, group in groupby(parts, lambda part: isinstance(part, Text)):
+        if is_text:
+            yield "".join(part.text for part in group if isinstance(part, Text))
+        else:
+            yield from (part for part in group if isinstance(part, Image))
 
 
 def _first_int(*values: int | None) -> int:
@@ -233,7 +229,7 @@ def _has(folder: Path, *stems: str) -> bool:
     return any((folder / f"{stem}.json").is_file() for stem in stems)
 
 
-def _read_tokenizer(folder: Path) -> FastTokenizer:
+def _read_tokenizer(folder: Path, config: VilaConfig) -> FastTokenizer:
     parts = [part for part in (folder / "llm", folder) if part.is_dir()]
     home = next((part for part in parts if any((part / name).is_file() for name in _TOKENIZER_FILES)), None)
     if home is None:
@@ -241,8 +237,11 @@ def _read_tokenizer(folder: Path) -> FastTokenizer:
         looked = f"{' or '.join(_TOKENIZER_FILES)} was looked for in {folder} and {folder / 'llm'}"
         raise ModelError(f"{looked}, found {', '.join(found) or 'nothing'}", "copy the tokenizer files there")
     tokenizer: Any
+    decoder = AutoConfig.for_model((config.llm_cfg or {})["model_type"])  # else a foreign config.json is asked
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(home), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(home), config=decoder, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         if not (home / "tokenizer.json").is_file():
             raise ModelError(f"the tokenizer in {home} cannot be read ({error})", "check its files") from error

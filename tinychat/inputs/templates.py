@@ -202,8 +202,8 @@ class Jinja:
         """The template with its habits found out. Raises ModelError where it cannot render a message at all."""
         style = _find_style(tokenizer, source)
         bare = cls(tokenizer, source, style, fold=True)
-        system = replace(bare, fold=False)
-        fold = _PROBE not in system._attempt([Turn("system", _PROBE), Turn("user", "a")])
+        system = replace(bare, fold=False)._attempt([Turn("system", _PROBE), Turn("user", "a")])
+        fold = _PROBE not in system or "'type'" in system
         return replace(bare, fold=fold, stop=bare._find_stop())
 
     @property
