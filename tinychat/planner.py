@@ -19,10 +19,10 @@ MARGIN = 0.05  # of the rest, for what is not counted below
 CUDA_CONTEXT = 400 * 2**20  # the driver's context and the kernels
 CPU_WORKSPACE = 64 * 2**20
 STEP = 256  # contexts are suggested in multiples of this
-CGROUP_LIMITS = (  # (limit, used), of version 2 and version 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
+CGROUPS = {  # the controller's name in /proc/self/cgroup -> its folder, and the files of the limit and of what is used
+    "": ("", "memory.max", "memory.current"),  # version 2
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+}
 BITS_4 = (4 + 20 / 128) / 8  # bytes a weight at group size 128: the weight, a 16-bit scale and a 4-bit zero a group
 
 
@@ -92,34 +92,38 @@ def free_bytes(device: torch.device) -> int:
     """Memory that a process can still take: on a CPU what the system and its container leave, else the device's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    room = psutil.virtual_memory().available
-    return min([room, *_container_room(Path("/sys/fs/cgroup"))])
+    groups = _text(Path("/proc/self/cgroup"))
+    return min([psutil.virtual_memory().available, *_container_room(Path("/sys/fs/cgroup"), groups)])
 
 
-def _container_room(root: Path) -> list[int]:
-    """What the memory limits of a container leave, page cache not counted as taken."""
+def _container_room(root: Path, groups: str) -> list[int]:
+    """What the limits of the control groups around this process leave, page cache not counted as taken."""
     rooms: list[int] = []
-    for limit_name, used_name in CGROUP_LIMITS:
-        limit, used = _number(root / limit_name), _number(root / used_name)
-        if limit is not None and used is not None:
-            rooms.append(max(0, limit - used + _inactive_file((root / limit_name).parent / "memory.stat")))
-    return rooms
+    for line in groups.splitlines():
+        _, controller, path = line.split(":", 2)
+        if controller in CGROUPS:
+            folder, limit, used = CGROUPS[controller]
+            own = Path(path.lstrip("/"))
+            rooms += [_room(root / folder / part, limit, used) for part in (own, *own.parents)]
+    return [room for room in rooms if room >= 0]
 
 
-def _number(path: Path) -> int | None:
+def _room(folder: Path, limit_name: str, used_name: str) -> int:
+    """What one control group leaves; -1 where it sets no limit."""
+    limit, used = _text(folder / limit_name).strip(), _text(folder / used_name).strip()
+    if not (limit.isdecimal() and used.isdecimal()):  # no such file, or "max"
+        return -1
+    rows = dict(line.split(maxsplit=1) for line in _text(folder / "memory.stat").splitlines())
+    given_back = int(rows.get("total_inactive_file") or rows.get("inactive_file", 0))
+    return max(0, int(limit) - int(used) + given_back)
+
+
+def _text(path: Path) -> str:
+    """A file of the kernel's, or nothing where there is none."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such version of cgroups, or "max"
-        return None
-
-
-def _inactive_file(path: Path) -> int:
-    """Bytes of page cache that the kernel gives back at need."""
-    try:
-        rows = dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
-        return int(rows.get("total_inactive_file") or rows.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return 0
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _stays(index: Index, name: str) -> bool:
