@@ -8,7 +8,8 @@ from tinychat.core import Progress, Stage
 from tinychat.terminal.clean import put
 
 if TYPE_CHECKING:
-    from rich.status import Status
+    from rich.live import Live
+    from rich.spinner import Spinner
 
 _WORDS: dict[Stage, tuple[str, str]] = {
     "load": ("loading 1 tensor", "loading {total:,} tensors"),
@@ -69,18 +70,21 @@ class SpinnerIndicator:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._status: Status | None = None
+        self._live: Live | None = None
 
     def show(self, progress: Progress) -> None:
-        if self._status is None:
-            self._status = _start(self._stream, words(progress))
+        from rich.spinner import Spinner
+
+        spinner = Spinner("dots", text=words(progress))
+        if self._live is None:
+            self._live = _start(self._stream, spinner)
         else:
-            self._status.update(words(progress))
+            self._live.update(spinner, refresh=True)
 
     def stop(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def make_indicator(stream: TextIO, plain: bool) -> Indicator:
@@ -90,10 +94,10 @@ def make_indicator(stream: TextIO, plain: bool) -> Indicator:
     return LineIndicator(stream) if plain else SpinnerIndicator(stream)
 
 
-def _start(stream: TextIO, text: str) -> Status:
+def _start(stream: TextIO, spinner: Spinner) -> Live:
     from rich.console import Console
-    from rich.status import Status
+    from rich.live import Live
 
-    status = Status(text, console=Console(file=stream, force_terminal=True))
-    status.start()
-    return status
+    live = Live(spinner, console=Console(file=stream, force_terminal=True), transient=True, refresh_per_second=8)
+    live.start(refresh=True)
+    return live
