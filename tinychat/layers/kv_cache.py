@@ -48,7 +48,7 @@ class KVPool:
         shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
         self.capacity = capacity
         self.layers = [
-            tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(config.num_hidden_layers)
         ]
         self._free = list(range(slots))
@@ -86,7 +86,8 @@ class KVCache:
 
     def layer(self, index: int) -> LayerView:
         """The storage of one layer, shared by all rows of the pool."""
-        return LayerView(*self.pool.layers[index], self.rows)
+        k, v = self.pool.layers[index]
+        return LayerView(k, v, self.rows)
 
     def starts(self, start: int | Tensor) -> list[int]:
         """A start position a row, from one for all or a tensor `[B]`."""

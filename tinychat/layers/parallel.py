@@ -48,6 +48,6 @@ def replicated(module: nn.Module, prefix: str, weights: WeightSource | None) -> 
 
 
 @torch.no_grad()
-def fill(parameter: nn.Parameter, value: Tensor) -> None:
+def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy a tensor of the same shape into a parameter, in the parameter's dtype."""
     parameter.copy_(value)

@@ -49,8 +49,9 @@ class CLIPAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         if size % self.num_heads:
             raise ModelError(f"a width of {size} does not divide by {self.num_heads} heads", "check the vision config")
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, column_linear(f"{prefix}.{name}", size, size, weights))
+        self.q_proj = column_linear(f"{prefix}.q_proj", size, size, weights)
+        self.k_proj = column_linear(f"{prefix}.k_proj", size, size, weights)
+        self.v_proj = column_linear(f"{prefix}.v_proj", size, size, weights)
         self.out_proj = row_linear(f"{prefix}.out_proj", size, size, weights)
 
     def forward(self, x: Tensor) -> Tensor:

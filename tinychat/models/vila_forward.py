@@ -47,9 +47,17 @@ class ForwardArgs:
         images, wants_more = self.images is not None, self.output_attentions or self.output_hidden_states
         chunks = self.chunk_prefilling
         for wrong, message, remedy in (
-            ((self.input_ids is None) == (self.inputs_embeds is None), "input_ids or inputs_embeds", "give one of both"),
+            (
+                (self.input_ids is None) == (self.inputs_embeds is None),
+                "input_ids or inputs_embeds",
+                "give one of both",
+            ),
             (self.inputs_embeds is not None and images, "inputs_embeds with images", "fuse them, or give input_ids"),
-            (self.use_cache is False and stateful, "use_cache=False with start_pos or a cache", "leave out one of both"),
+            (
+                self.use_cache is False and stateful,
+                "use_cache=False with start_pos or a cache",
+                "leave out one of both",
+            ),
             (chunks and self.labels is not None, "labels with chunk_prefilling", "train without chunks"),
             (chunks and wants_more, "states or attentions with chunk_prefilling", "run without chunks"),
             (chunks and self.position_ids is not None, "position_ids with chunk_prefilling", "leave them out"),

@@ -62,7 +62,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         self.build_vision(config.vision, config.projector)
         dtype = _dtype_of(config, self.llm.lm_head.weight.device)
         if dtype != self.llm.lm_head.weight.dtype:
-            self.to(dtype)
+            self.to(dtype=dtype)
 
     def freezed_module_patch(self) -> None:
         """While training, keep the parts that are not tuned in eval mode (config.tune_vision_tower, _mm_projector)."""
@@ -168,7 +168,8 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
     def get_input_embeddings(self) -> nn.Embedding:
         return self.llm.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
         self.llm.model.embed_tokens = value
         self.llm.tie_weights()
 
@@ -215,9 +216,9 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
 
 def _dtype_of(config: VilaConfig, device: torch.device) -> torch.dtype:
     """config.dtype, or VILA's model_dtype (a string like "torch.float16"), or the device's default."""
-    if config.dtype is not None:
+    if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    name = str(getattr(config, "model_dtype", "") or "").removeprefix("torch.")
+    name = str(config.dtype or getattr(config, "model_dtype", "") or "").removeprefix("torch.")
     if not name:
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in _DTYPES:

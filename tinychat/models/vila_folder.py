@@ -1,0 +1,58 @@
+"""Writing a model as a VILA folder: config.json at the root, a part each in llm/, vision_tower/ and mm_projector/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tinychat.checkpoint import write_safetensors
+from tinychat.config import VilaConfig
+
+if TYPE_CHECKING:
+    from tinychat.models.vila_llama import VilaLlamaForCausalLM
+
+PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
+
+
+def save_folder(model: VilaLlamaForCausalLM, folder: Path) -> None:
+    """Write config and weights; a tokenizer and an image processor are the caller's to add."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, key in PARTS.items():
+        module = getattr(model, name)
+        if isinstance(module, nn.Module):
+            write_safetensors(_tensors(module), folder / name)
+            _write_json(folder / name / "config.json", _part_config(model.config, key))
+    _write_json(folder / "config.json", _root_config(model))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The part's tensors under its own names, a tied head left out."""
+    tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+    for name, tensor in module.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            yield name, tensor.detach().cpu().contiguous()
+
+
+def _part_config(config: VilaConfig, key: str) -> dict[str, Any]:
+    part = dict(getattr(config, key) or {})
+    if key == "mm_projector_cfg":
+        assert config.projector is not None
+        part = {"model_type": "v2l_projector", **part, "token_order": config.projector.token_order}
+    if key == "llm_cfg" and hasattr(config, "quantization_config"):
+        part["quantization_config"] = config.quantization_config
+    return part
+
+
+def _root_config(model: VilaLlamaForCausalLM) -> dict[str, Any]:
+    kept = {name: value for name, value in model.config.to_diff_dict().items() if name not in PARTS.values()}
+    kept |= {key: name for name, key in PARTS.items() if isinstance(getattr(model, name), nn.Module)}
+    kept |= {"layout": "vila", "architectures": ["VilaLlamaForCausalLM"], "model_type": "vila_llama"}
+    return {**kept, "model_dtype": str(model.dtype)}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
