@@ -170,7 +170,7 @@ def test_a_reader_that_goes_away_is_no_news():
             [sys.executable, "-m", "tinychat", "--help"],
             stdout=sink,
             stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": ""},  # buffered, so that the exit flushes too
             timeout=60,
         )
     assert (done.returncode, done.stderr) == (141, b"")

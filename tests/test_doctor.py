@@ -15,11 +15,12 @@ from tinychat import doctor
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder with 10 bytes of kernels and a file of somebody else."""
+    """A cache folder with 10 bytes of kernels and a file and a folder of somebody else."""
     monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path))
     (tmp_path / "kernels/sm_87").mkdir(parents=True)
     (tmp_path / "kernels/sm_87/a.cubin").write_bytes(b"0123456789")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "theirs").mkdir()
     return tmp_path
 
 
@@ -103,7 +104,7 @@ def test_clearing_deletes_our_parts_only(cache: Path, tmp_path_factory: pytest.T
     (elsewhere / "keep").write_text("keep")
     (cache / "vision").symlink_to(elsewhere)
     assert doctor.clear_cache() == 10
-    assert sorted(path.name for path in cache.iterdir()) == ["notes.txt", "vision"]
+    assert sorted(path.name for path in cache.iterdir()) == ["notes.txt", "theirs", "vision"]
     assert (elsewhere / "keep").read_text() == "keep"
 
 
