@@ -11,13 +11,14 @@ import torch
 from tinychat.checkpoint import Index
 from tinychat.config import TextConfig, VilaConfig, VisionConfig
 from tinychat.errors import CapacityError
+from tinychat_kernels.ref import SLICE
 
 GIB = 2**30
 CHUNK = 512  # tokens of a prefill chunk
 PACKED = (".qweight", ".qzeros", ".scales")  # stay as on disk
 MARGIN = 0.05  # of the rest, for what is not counted below
 CUDA_CONTEXT = 400 * 2**20  # the driver's context and the kernels
-CPU_WORKSPACE = 64 * 2**20
+CPU_WORKSPACE = 128 * 2**20  # imported libraries and the allocator's slack, as measured
 STEP = 256  # contexts are suggested in multiples of this
 CGROUPS = {  # the controller's name in /proc/self/cgroup -> its folder, and the files of the limit and of what is used
     "": ("", "memory.max", "memory.current"),  # version 2
@@ -66,7 +67,8 @@ def check(
 ) -> Plan:
     """The plan, if it fits. Raises CapacityError with one sentence: the figures, and what to change."""
     where = torch.device(device)
-    plan = _plan(config, context, weights_bytes, dtype, where, free_bytes(where) if free is None else free)
+    working = _chunk_bytes(config.text, context, dtype) + (_slice_bytes(config.text, dtype) if quantized else 0)
+    plan = _plan(config, context, weights_bytes, working, dtype, where, free_bytes(where) if free is None else free)
     if not plan.fits:
         raise CapacityError(plan.sentence, _remedy(plan, config.text, dtype, quantized))
     return plan
@@ -130,21 +132,26 @@ def _stays(index: Index, name: str) -> bool:
     return name.endswith(PACKED) or not index.dtype(name).is_floating_point
 
 
-def _plan(config: VilaConfig, context: int, held: int, dtype: torch.dtype, device: torch.device, free: int) -> Plan:
-    text, vision = config.text, config.vision
-    kv = kv_bytes(text, dtype) * context
-    activations = _chunk_bytes(text, min(CHUNK, context), context, dtype)
-    encoding = _vision_bytes(vision, dtype) if vision is not None else 0
+def _plan(
+    config: VilaConfig, context: int, held: int, working: int, dtype: torch.dtype, device: torch.device, free: int
+) -> Plan:
+    kv = kv_bytes(config.text, dtype) * context
+    encoding = _vision_bytes(config.vision, dtype) if config.vision is not None else 0
     fixed = CUDA_CONTEXT if device.type == "cuda" else CPU_WORKSPACE
-    margin = fixed + int(MARGIN * (held + kv))
-    return Plan(context, held, kv, activations, encoding, margin, free)
+    return Plan(context, held, kv, working, encoding, fixed + int(MARGIN * (held + kv)), free)
 
 
-def _chunk_bytes(text: TextConfig, tokens: int, context: int, dtype: torch.dtype) -> int:
+def _chunk_bytes(text: TextConfig, context: int, dtype: torch.dtype) -> int:
     """Activations of one layer for a chunk: the residual stream, q, k and v, gate and up, the mask, and the logits."""
+    tokens = min(CHUNK, context)
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
     rows = 4 * text.hidden_size + 2 * heads * text.head_dim + 3 * text.intermediate_size
     return tokens * (rows * dtype.itemsize + context * 5) + text.vocab_size * 8
+
+
+def _slice_bytes(text: TextConfig, dtype: torch.dtype) -> int:
+    """The plain torch backend's float copies of a slice of 4-bit weights, as measured: the widest linear's."""
+    return SLICE * max(text.intermediate_size, text.hidden_size) * (8 + 4 * dtype.itemsize)
 
 
 def _vision_bytes(vision: VisionConfig, dtype: torch.dtype) -> int:
