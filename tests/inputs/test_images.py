@@ -131,7 +131,7 @@ def test_a_gif_whose_frame_is_larger_than_its_screen_prints_no_warning():
     data[frame + 5 : frame + 9] = b"\x00\x28\x00\x28"  # 10240 x 10240
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(MediaError, match="100 megapixels|too large to decode|104.9 megapixels"):
+        with pytest.raises(MediaError, match=r"too large to decode \(Image size \(104857600 pixels\)"):
             images.read_image(Image(data=bytes(data)))
 
 

@@ -45,15 +45,22 @@ def test_typed_text_is_tokenized_as_if_nothing_were_special(name, text, tokenize
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=30)
 @given(text=st.text(max_size=20))
-def test_marks_do_not_change_what_stands_around_special_tokens(name, text, tokenizers):
-    """The copy that knows the marks tokenizes like the tokenizer itself, special tokens of the template included."""
+def test_the_copy_that_knows_the_marks_tokenizes_as_the_tokenizer(name, text, tokenizers):
     tokenizer = tokenizers(name)
     own = MarkedTokenizer(tokenizer, "<image>")
-    end = tokenizer.eos_token
-    clean = "".join(c for c in text if not "\ufdd0" <= c <= "\ufdef") + end
-    assert own.encode(clean + ANSWER) == [*tokenizer(clean, add_special_tokens=False)["input_ids"], ANSWER_ID]
-    after = tokenizer(end + "\nmore", add_special_tokens=False)["input_ids"]
-    assert own.encode(ANSWER + end + "\nmore") == [ANSWER_ID, *after]
+    text = "".join(c for c in text if not "\ufdd0" <= c <= "\ufdef")
+    before, after = text + tokenizer.eos_token + text, tokenizer.eos_token + text
+    expected = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    assert own._encode_marked(before + ANSWER + after) == [*expected[0], ANSWER_ID, *expected[1]]
+    assert own.encode(before + ANSWER + after) == [*expected[0], ANSWER_ID, *expected[1]]
+
+
+def test_common_chats_make_no_copy_of_the_tokenizer(tokenizers):
+    own = MarkedTokenizer(tokenizers("chatml"), "<image>")
+    own.encode(f"a{IMAGE}b{ANSWER}<|im_end|>c{ANSWER}")
+    assert "_marked" not in vars(own)
+    assert own.encode(f"a{ANSWER} b") == [*own.encode("a"), ANSWER_ID, *own.encode(" b")]
+    assert "_marked" in vars(own)
 
 
 def test_a_special_token_that_merges_would_build_is_parted(tokenizers):

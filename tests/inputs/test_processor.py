@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as pillow
-from transformers import CLIPImageProcessorPil, LlavaProcessor
+from tokenizers import Tokenizer
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from tinychat.core import Image, Message, Request, Text
 from tinychat.errors import MediaError, ModelError, UsageError
@@ -193,6 +194,18 @@ def test_bos_is_there_once_or_not_at_all(name, template, make, tokenizers):
         assert None not in ids
     else:
         assert (ids[0], ids.count(bos)) == (bos, 1)
+
+
+def test_bos_of_a_row_where_the_tokenizer_adds_none(tokenizers, configs):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=without_post_processor(tokenizers("llama")), bos_token="<s>")
+    assert Processor(tokenizer, None, configs(), template="vicuna_v1")(ask(user("q"))).ids.count(1) == 1
+    assert 1 not in Processor(tokenizer, None, configs(), template="chatml")(ask(user("q"))).ids
+    assert 1 not in Processor(tokenizer, None, configs())(Request("r", parts=(Text("q"),))).ids
+
+
+def without_post_processor(tokenizer):
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps({**raw, "post_processor": None}))
 
 
 # pictures
