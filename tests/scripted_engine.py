@@ -40,8 +40,9 @@ class ScriptedEngine:
         images = sum(len(message.images) for message in request.messages)
         prompt = 10 * len(request.messages) + 64 * images
         yield Started(request.id, prompt, 64 * images, 0)
-        if images:
-            yield Progress(request.id, "vision", images, images)
+        for done in range(images):
+            yield Progress(request.id, "images", done, images)
+            yield Progress(request.id, "vision", done + 1, images)
         yield Progress(request.id, "prefill", prompt, prompt)
         said: list[str] = []
         for piece in pieces(script):

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from scripted_engine import ScriptedEngine
-
-sys.path.insert(0, str(Path(__file__).parent))
-from emulator import Emulator
+from terminal.emulator import Emulator
 
 from tinychat.core import Event, Failed, Finished, Image, Message, Request, Text, Timings, Token, Usage
 from tinychat.terminal.answers import is_plain, print_answer, stats_line
@@ -34,7 +30,8 @@ def test_a_terminal_gets_markdown_and_progress(monkeypatch: pytest.MonkeyPatch) 
     terminal = Emulator()
     print_answer(ask("It is **red**.", pictures=2), out=terminal, err=terminal)
     assert terminal.lines() == ["It is red."]
-    assert "looking at 2 pictures" in terminal.getvalue()
+    shown = terminal.getvalue()
+    assert shown.index("reading 138 tokens") < shown.index("looking at 2 pictures") < shown.rindex("reading 138 tokens")
 
 
 def test_plain_on_a_terminal_is_raw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +84,6 @@ def test_the_statistics() -> None:
     timings = Timings(image_s=0.02, vision_s=0.2, prefill_s=0.1, ttft_s=0.32, prefill_tps=1200, decode_tps=21.25)
     finished = Finished("r", "x", "", (1,), "eos", Usage(1300, 576, 1180, 45), timings, None)
     assert stats_line(finished, 2048) == (
-        "45 tokens at 21.2/s · prompt 1,300, 576 of pictures, 1,180 cached · read at 1200.0/s · "
-        "first token after 0.32 s (decode 0.02 + vision 0.20 + prefill 0.10) · context 1,345 of 2,048"
+        "45 tokens at 21.2/s · prompt 1,300 (pictures 576, cached 1,180) at 1,200.0/s · "
+        "first token 0.32 s (decode 0.02 + vision 0.20 + prefill 0.10) · context 1,345 of 2,048"
     )

@@ -32,8 +32,7 @@ def test_commands() -> None:
     assert complete("/im") == ["/image", "/images"]
     assert complete("/xyz") == []
     assert complete("hello") == []
-    everything = ChatCompleter(lambda: []).get_completions(Document("/"), CompleteEvent())
-    assert [each.text for each in everything][: len(COMMANDS)] == [f"/{command.name}" for command in COMMANDS]
+    assert complete("/") == [f"/{command.name}" for command in COMMANDS]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-from emulator import Emulator
+from terminal.emulator import Emulator
 
 from tinychat.terminal import markdown
 from tinychat.terminal.painting import Area, MarkdownPainter, PlainPainter, WholePainter

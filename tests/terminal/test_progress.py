@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from emulator import Emulator
+from terminal.emulator import Emulator
 
 from tinychat.core import Progress
 from tinychat.terminal.progress import LineIndicator, NoIndicator, SpinnerIndicator, make_indicator, words
@@ -21,7 +17,7 @@ from tinychat.terminal.progress import LineIndicator, NoIndicator, SpinnerIndica
         ("prefill", 1, 1, "reading 1 token"),
         ("vision", 0, 2, "looking at 2 pictures"),
         ("vision", 1, 1, "looking at 1 picture"),
-        ("images", 0, 1, "opening 1 picture"),
+        ("images", 0, 1, "looking at 1 picture"),
         ("load", 3, 300, "loading 300 tensors, 1 %"),
     ],
 )
@@ -36,13 +32,13 @@ def test_the_kind_suits_the_stream() -> None:
     assert isinstance(make_indicator(terminal, plain=False), SpinnerIndicator)
 
 
-def test_lines_tell_each_stage_once() -> None:
+def test_lines_tell_each_task_once() -> None:
     terminal = Emulator()
     indicator = LineIndicator(terminal)
-    for stage, done in (("vision", 0), ("vision", 1), ("prefill", 5)):
+    for stage, done in (("images", 0), ("vision", 1), ("images", 1), ("vision", 2), ("prefill", 5)):
         indicator.show(Progress("r", stage, done, 9))  # type: ignore[arg-type]
     indicator.stop()
-    assert terminal.getvalue() == "looking at 9 pictures\nreading 9 tokens, 55 %\n"
+    assert terminal.getvalue() == "looking at 9 pictures\nreading 9 tokens\n"
 
 
 def test_a_spinner_is_gone_when_it_stops() -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TextIO
 
-from tinychat.core import Event, Failed, Finished, Progress, Token
+from tinychat.core import Event, Failed, Finished, Progress, Started, Token
 from tinychat.terminal.clean import clean_line, put
 from tinychat.terminal.painting import MarkdownPainter, Painter, PlainPainter, WholePainter
 from tinychat.terminal.progress import Indicator, make_indicator
@@ -26,10 +26,14 @@ def print_answer(
 def draw(events: Iterable[Event], painter: Painter, indicator: Indicator) -> Finished | Failed:
     """Draw all events and return the last; painter and indicator are left in order whatever happens."""
     end: Finished | Failed | None = None
+    reading: Progress | None = None
     try:
         for event in events:
-            _draw_event(event, painter, indicator)
-            end = event if isinstance(event, Finished | Failed) else end
+            if isinstance(event, Started):
+                reading = Progress(event.request_id, "prefill", event.cached_tokens, event.prompt_tokens)
+            elif isinstance(event, Finished | Failed):
+                end = event
+            _draw_event(event, reading, painter, indicator)
     finally:
         indicator.stop()
         painter.end()
@@ -38,7 +42,10 @@ def draw(events: Iterable[Event], painter: Painter, indicator: Indicator) -> Fin
     return end
 
 
-def _draw_event(event: Event, painter: Painter, indicator: Indicator) -> None:
+def _draw_event(event: Event, reading: Progress | None, painter: Painter, indicator: Indicator) -> None:
+    """`reading` is what begins with Started and, where there are pictures, again when the last one was seen."""
+    if isinstance(event, Started) or (isinstance(event, Progress) and _is_last_picture(event)):
+        event = reading or event
     if isinstance(event, Progress):
         indicator.show(event)
     elif isinstance(event, Token | Finished):
@@ -46,6 +53,10 @@ def _draw_event(event: Event, painter: Painter, indicator: Indicator) -> None:
         if text:
             indicator.stop()
             painter.feed(text)
+
+
+def _is_last_picture(progress: Progress) -> bool:
+    return progress.stage == "vision" and progress.done == progress.total
 
 
 def make_painter(stream: TextIO, *, plain: bool) -> Painter:
@@ -72,10 +83,14 @@ def stats_line(finished: Finished, context: int) -> str:
     used = usage.prompt_tokens + usage.completion_tokens
     return " · ".join(
         (
-            f"{usage.completion_tokens:,} tokens at {timings.decode_tps:.1f}/s",
-            f"prompt {usage.prompt_tokens:,}, {usage.image_tokens:,} of pictures, {usage.cached_tokens:,} cached",
-            f"read at {timings.prefill_tps:.1f}/s",
-            f"first token after {timings.ttft_s:.2f} s" + (f" ({split})" if split else ""),
+            f"{usage.completion_tokens:,} tokens{_rate(timings.decode_tps)}",
+            f"prompt {usage.prompt_tokens:,} (pictures {usage.image_tokens:,}, cached {usage.cached_tokens:,})"
+            + _rate(timings.prefill_tps),
+            f"first token {timings.ttft_s:.2f} s" + (f" ({split})" if split else ""),
             f"context {used:,} of {context:,}",
         )
     )
+
+
+def _rate(tokens_a_second: float) -> str:
+    return f" at {tokens_a_second:,.1f}/s" if tokens_a_second else ""

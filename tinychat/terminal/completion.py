@@ -29,8 +29,9 @@ class ChatCompleter(Completer):
         if command is not None and space:
             yield from self._argument(command, argument)
             return
-        if before.startswith("/") and not space:
+        if before.startswith("/") and not space and "/" not in name:
             yield from _commands(name)
+            return
         word = _last_word(before)
         if word.startswith(("/", "./", "../", "~/")):
             yield from _paths(word)

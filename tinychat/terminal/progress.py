@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _WORDS: dict[Stage, tuple[str, str]] = {
     "load": ("loading 1 tensor", "loading {total:,} tensors"),
-    "images": ("opening 1 picture", "opening {total:,} pictures"),
+    "images": ("looking at 1 picture", "looking at {total:,} pictures"),
     "vision": ("looking at 1 picture", "looking at {total:,} pictures"),
     "prefill": ("reading 1 token", "reading {total:,} tokens"),
 }
@@ -21,10 +21,14 @@ _WORDS: dict[Stage, tuple[str, str]] = {
 
 def words(progress: Progress) -> str:
     """A progress event in words: `reading 1,234 tokens`, with a percentage while it is under way."""
-    one, many = _WORDS[progress.stage]
-    text = one if progress.total == 1 else many.format(total=progress.total)
     under_way = 0 < progress.done < progress.total
-    return f"{text}, {100 * progress.done // progress.total} %" if under_way else text
+    return _task(progress) + (f", {100 * progress.done // progress.total} %" if under_way else "")
+
+
+def _task(progress: Progress) -> str:
+    """What is being done: the same for the two halves of looking at a picture."""
+    one, many = _WORDS[progress.stage]
+    return one if progress.total == 1 else many.format(total=progress.total)
 
 
 class Indicator(Protocol):
@@ -50,19 +54,19 @@ class NoIndicator:
 
 
 class LineIndicator:
-    """One line a stage, never redrawn: for screen readers and terminals without cursor movement."""
+    """One line a task, never redrawn: for screen readers and terminals without cursor movement."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._stage: Stage | None = None
+        self._task = ""
 
     def show(self, progress: Progress) -> None:
-        if progress.stage != self._stage:
-            self._stage = progress.stage
-            put(self._stream, f"{words(progress)}\n")
+        if self._task != _task(progress):
+            self._task = _task(progress)
+            put(self._stream, f"{self._task}\n")
 
     def stop(self) -> None:
-        self._stage = None
+        self._task = ""
 
 
 class SpinnerIndicator:

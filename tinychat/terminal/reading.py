@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app, run_in_terminal
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -64,11 +63,10 @@ class Editor:
         input: Input | None = None,
         output: Output | None = None,
     ) -> None:
-        typing_command = Condition(lambda: get_app().current_buffer.text.startswith("/"))
         self._session: PromptSession[str] = PromptSession(
             history=history,
             completer=completer,
-            complete_while_typing=False if plain else typing_command,
+            complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE if plain else CompleteStyle.COLUMN,
             key_bindings=_bindings(paste, edited),
             multiline=True,
