@@ -13,13 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import json_keys
 import pytest
 import torch
 from PIL import Image as pillow
 from scripted_engine import ScriptedEngine
 
+from make_tiny_model import make_tiny_model
 from tinychat import __version__, cli, doctor
-from tinychat.core import Failed, Image, SamplingParams, StoppingParams
+from tinychat.core import Failed, Image, Message, Request, SamplingParams, StoppingParams, Text
 from tinychat.errors import CapacityError, FormatError, MediaError, ModelError, TinychatError, UsageError
 from tinychat.flags import ModelFlags
 
@@ -221,7 +223,7 @@ def test_ask_answers_each_file_once(run: Run, engine: Engine, picture: str, tmp_
     out = tmp_path / "out.jsonl"
     code, printed, err = run("ask", "What?", picture, "gone.png", "--jsonl", str(out))
     assert (code, printed) == (4, "")
-    assert "gone.png: gone.png does not exist" in err
+    assert err.startswith("gone.png does not exist; ")
     assert [json.loads(line)["input"] for line in out.read_text().splitlines()] == [picture]
     run("ask", "What?", picture, "--jsonl", str(out))
     assert len(engine.requests) == 1
@@ -244,6 +246,78 @@ def test_a_bad_picture_is_refused_before_the_model_is_loaded(run: Run, monkeypat
     (tmp_path / "notes.png").write_text("words")
     code, _, err = run("ask", "What?", str(tmp_path / "notes.png"))
     assert (code, err.partition(";")[0]) == (4, f"error: {tmp_path / 'notes.png'} is a text file, not a picture")
+
+
+# A real model, opened
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_model(tmp_path_factory.mktemp("model"), "vila", max_positions=600))
+
+
+def test_a_model_folder_answers(run: Run, model: str, picture: str):
+    arguments = ("ask", "What?", picture, "-m", model, "--max-new-tokens", "6", "--json")
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["usage"]["image_tokens"] == 16
+    assert found["timings"]["load_s"] > 0
+    assert json.loads(run(*arguments)[1])["token_ids"] == found["token_ids"]
+
+
+def test_what_the_loader_is_told(model: str, monkeypatch: pytest.MonkeyPatch):
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    flags = ModelFlags(model, dtype="bf16", device="cpu", context=100, chunk=7, template="vicuna_v1", threads=3)
+    loaded = cli.open_model(flags)
+    assert (loaded.model.dtype, str(loaded.model.device)) == (torch.bfloat16, "cpu")
+    assert (loaded.engine.context, loaded.engine.chunk, threads) == (100, 7, [3])
+    assert "USER: hi ASSISTANT:" in loaded.processor.tokenizer.decode(loaded.processor(hi()).ids)
+    assert cli.open_model(ModelFlags(model)).engine.context == 600
+
+
+def hi() -> Request:
+    return Request("hi", messages=(Message("user", (Text("hi"),)),))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "sentence"),
+    [
+        (["-m", "no/such/folder"], 3, "error: there is no folder no/such/folder"),
+        (["--context", "100000000000"], 5, "GiB are needed"),
+        (["--template", "nope"], 2, "error: there is no template 'nope'"),
+        (["--dtype", "int3"], 2, "error: dtype is 'int3'; give one of"),
+        (["--device", "tpus"], 2, "error: there is no device 'tpus'; give cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], 2, "CUDA devices, not cuda:99; see `tinychat doctor`"),
+        (["--max-memory", "0=1GiB"], 2, "error: max_memory is given without device_map"),
+        (["--max-memory", "1GiB", "--device-map", "auto"], 2, "error: --max-memory has '1GiB'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_weights_are_read(
+    run: Run, monkeypatch: pytest.MonkeyPatch, model: str, flags: list[str], code: int, sentence: str
+):
+    monkeypatch.setattr("tinychat.load.assemble", raises(AssertionError("loaded")))
+    found, out, err = run("ask", "hi", "-m", model, *flags)
+    assert (found, out, err.count("\n")) == (code, "", 1)
+    assert sentence in err
+
+
+def test_a_prompt_that_does_not_fit_says_so(run: Run, model: str):
+    code, _, err = run("ask", "hi " * 500, "-m", model)
+    assert code == 5
+    assert re.match(r"error: the prompt has \d+ tokens, the context holds 600 with an answer; ", err)
+
+
+def test_a_real_bench(run: Run, model: str):
+    arguments = ["--images", "1", "--prompt-tokens", "100", "--new-tokens", "5", "--rounds", "2", "--json"]
+    code, out, _ = run("bench", "-m", model, *arguments)
+    found = json.loads(out)
+    json_keys.check(found, "tinychat.bench/1")
+    assert (code, found["image_tokens"], found["new_tokens"], found["rounds"]) == (0, 16, 5, 2)
+    assert 90 <= found["prompt_tokens"] - found["image_tokens"] <= 100
+    assert found["vision_s"]["min"] > 0
+    assert found["ttft_s"]["min"] >= found["vision_s"]["min"] + found["prefill_s"]["min"]
 
 
 # chat, bench, doctor

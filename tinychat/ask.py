@@ -176,7 +176,7 @@ def ask_each(asker: Asker, query: Query, files: Sequence[str], out: Path, report
                     line = _line(engine, asker, query, file)
                 except TinychatError as error:
                     codes.append(error.exit_code)
-                    report(f"{file}: {error}")
+                    report(str(error) if str(error).startswith(file) else f"{file}: {error}")
                 else:
                     sink.write(json.dumps(line) + "\n")
                     sink.flush()

@@ -154,7 +154,8 @@ def bench(flags: BenchFlags, model: ModelFlags) -> int:
     else:
         typer.echo(benching.headline(found))
         _draw_table(benching.rows(found))
-        typer.echo(benching.foot(found))
+        if foot := benching.foot(found):
+            typer.echo(foot)
     return 0
 
 
