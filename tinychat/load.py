@@ -136,13 +136,19 @@ def open_source(folder: Path) -> Source:
     """Read a folder's config and its weights' headers. For original LLaVA the vision tower is found, or fetched."""
     config = read_config(folder)
     spec = quant_spec(config)
+    return Source(folder, config, open_index(folder, config).renamed(config.layout), spec)
+
+
+def open_index(folder: Path, config: VilaConfig) -> Index:
+    """The tensors of a folder under their names on disk; an original LLaVA's tower and its config are added."""
     index = checkpoint.open_model(folder, config.layout)
-    if config.layout == "llava":
-        tower = find_tower(folder, config)
-        config.vision_tower_cfg = read_json(tower / "config.json")
-        if not any(".vision_tower." in name for name in index.names()):
-            index = checkpoint.open_model(folder, config.layout, tower)
-    return Source(folder, config, index.renamed(config.layout), spec)
+    if config.layout != "llava":
+        return index
+    tower = find_tower(folder, config)
+    config.vision_tower_cfg = read_json(tower / "config.json")
+    if any(".vision_tower." in name for name in index.names()):
+        return index
+    return checkpoint.open_model(folder, config.layout, tower)
 
 
 def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Prove that a real checkpoint is read rightly: its keys, its sizes, and its greedy tokens against transformers.
+
+    scripts/verify_checkpoint.py MODEL [--dtype float32] [--tokens 16] [--keys-only]
+
+MODEL is a folder or a hub id. Both models are run one after the other, so memory for one of them suffices. The output
+ends with a block to paste into an issue. Exit code 0: nothing is wrong; 3: something is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import tinychat
+from tinychat import load, planner
+from tinychat.checkpoint import KeyReport, compare
+from tinychat.config import VilaConfig, read_config
+from tinychat.errors import CapacityError, TinychatError
+
+TEXT = "The three primary colours are red, yellow and"
+LISTED = 10
+CLOSE = 1e-3  # of the logits' spread, in float32; 16-bit types are given 50 times that
+VERDICTS = {True: "right", False: "WRONG", None: "names and shapes are right, numbers were not compared"}
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Tokens chosen one after the other, the logits before each `[steps, V]`, by ours or by transformers."""
+
+    tokens: list[int]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What both models are given: prompt ids `[1, T]`, and for a vision model pixels where the placeholders stand."""
+
+    ids: Tensor
+    pixels: Tensor | None
+    start: int
+    end: int
+
+
+def key_rows(report: KeyReport, on_disk: int) -> Iterator[Row]:
+    """The key report as rows, each list cut."""
+    bad = len(report.unexpected) + len(report.duplicate)
+    yield "tensors on disk", str(on_disk)
+    yield "found", str(len(report.found))
+    yield "not needed", str(max(0, on_disk - len(report.found) - bad))
+    for kind in ("missing", "unexpected", "duplicate", "misshapen"):
+        names = getattr(report, kind)
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        yield kind, f"{len(names)}" + (f": {', '.join(names[:LISTED])}{more}" if names else "")
+
+
+def config_rows(config: VilaConfig) -> Iterator[Row]:
+    """What the config was read as."""
+    text, vision, projector = config.text, config.vision, config.projector
+    heads = f"{text.num_attention_heads}/{text.num_key_value_heads} heads"
+    layers = f"{text.num_hidden_layers} layers of {text.hidden_size}"
+    yield "layout", config.layout
+    yield "decoder", f"{text.family}, {layers}, {heads}, {text.vocab_size} tokens"
+    yield "positions", f"rope {text.rope.type}, theta {text.rope.theta:g}, up to {text.max_position_embeddings}"
+    if vision is not None and projector is not None:
+        layers = f"{vision.num_hidden_layers} layers of {vision.hidden_size}"
+        patches = f"{vision.image_size} pixels in patches of {vision.patch_size}"
+        yield "tower", f"{vision.family}, {layers}, hidden state {vision.select_layer}"
+        yield "projector", f"{projector.type}" + (f", read by {projector.token_order}s" if projector.block > 1 else "")
+        yield "tokens a picture", f"{config.tokens_per_image} ({patches})"
+
+
+def subject(folder: Path, config: VilaConfig) -> Subject:
+    """A sentence, and for the transformers LLaVA layout a picture of noise before it."""
+    home = folder / "llm" if (folder / "llm").is_dir() else folder
+    words = transformers.AutoTokenizer.from_pretrained(home)
+    ids = words(TEXT, return_tensors="pt")["input_ids"]
+    if config.layout != "llava_hf" or config.vision is None or config.image_token_id is None:
+        return Subject(ids, None, 0, 0)
+    count, side = config.tokens_per_image, config.vision.image_size
+    slot = torch.full((1, count), config.image_token_id)
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return Subject(torch.cat((ids[:, :1], slot, ids[:, 1:]), 1), pixels, 1, 1 + count)
+
+
+@torch.inference_mode()
+def by_ours(source: load.Source, dtype: torch.dtype, what: Subject, steps: int) -> Greedy:
+    model = load.assemble(source, load.Placement(dtype, "cpu"))
+    features = [] if what.pixels is None else list(model.encode_images(what.pixels.to(dtype)))
+    slots = [(what.start, what.end)] if features else []
+    cache = model.make_cache(1, what.ids.shape[1] + steps)
+    logits = model.prefill(model.embed(what.ids[0], slots, features), cache, 0)
+    return _greedy(logits, lambda token: model.decode(token, cache), steps)
+
+
+@torch.inference_mode()
+def by_transformers(folder: Path, config: VilaConfig, dtype: torch.dtype, what: Subject, steps: int) -> Greedy:
+    model = _their_class(config).from_pretrained(_their_folder(folder, config), dtype=dtype).eval()
+    pixels = {} if what.pixels is None else {"pixel_values": what.pixels.to(dtype)}
+    out = model(input_ids=what.ids, use_cache=True, **pixels)
+    cache = out.past_key_values
+
+    def decode(token: Tensor) -> Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+    return _greedy(out.logits[:, -1:], decode, steps)
+
+
+def _their_class(config: VilaConfig) -> Any:
+    hf = config.layout == "llava_hf"
+    return transformers.LlavaForConditionalGeneration if hf else transformers.AutoModelForCausalLM
+
+
+def _their_folder(folder: Path, config: VilaConfig) -> Path:
+    return folder / "llm" if config.layout == "vila" else folder
+
+
+def _greedy(logits: Tensor, decode: Callable[[Tensor], Tensor], steps: int) -> Greedy:
+    rows: list[Tensor] = []
+    tokens: list[int] = []
+    while True:
+        rows.append(logits[0, -1].float())
+        tokens.append(int(rows[-1].argmax()))
+        if len(tokens) == steps:
+            return Greedy(tokens, torch.stack(rows))
+        logits = decode(torch.tensor([[tokens[-1]]]))
+
+
+def agreement(ours: Greedy, theirs: Greedy, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the logits agree as far as the tokens do, and how far that is, in words.
+
+    A different token is no fault where transformers' own two best stand closer together than the tolerance.
+    """
+    pairs = zip(ours.tokens, theirs.tokens, strict=True)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours.tokens))
+    seen = min(same + 1, len(ours.tokens))  # the step of the first difference still had the same input
+    spread = float(theirs.logits[:seen].std())
+    worst = float((ours.logits[:seen] - theirs.logits[:seen]).abs().max()) / spread
+    tolerance = CLOSE * (1 if dtype == torch.float32 else 50)
+    good = worst <= tolerance
+    words = f"{same} of {len(ours.tokens)} greedy tokens equal, logits differ by {worst:.1e} of their spread"
+    if good and same < len(ours.tokens):
+        words += " (a near tie, then another text)"
+    return good, words
+
+
+def comparison(source: load.Source, dtype: torch.dtype, steps: int) -> tuple[bool | None, str]:
+    """Run both; None and the reason where they cannot be compared."""
+    if source.config.layout == "llava":
+        return None, "not run: transformers has no loader for the original LLaVA layout"
+    if source.spec is not None:
+        return None, "not run: transformers needs a GPU for AWQ weights"
+    what = subject(source.folder, source.config)
+    try:
+        need = planner.weights_bytes(source.index, dtype)
+        length = what.ids.shape[1] + steps
+        planner.check(source.config, length, weights_bytes=need, dtype=dtype, device="cpu")
+    except CapacityError as error:
+        return None, f"not run: {error.message}"
+    ours = by_ours(source, dtype, what, steps)
+    gc.collect()
+    theirs = by_transformers(source.folder, source.config, dtype, what, steps)
+    good, words = agreement(ours, theirs, dtype)
+    part = " (the decoder alone: transformers does not read VILA folders)" if source.config.layout == "vila" else ""
+    return good, words + part
+
+
+def verify(name: str, args: argparse.Namespace) -> tuple[bool | None, list[Row]]:
+    """Every row of the report, and whether all is well; None where only names and shapes were looked at."""
+    folder = load.resolve(name, args.revision)
+    config = read_config(folder)
+    index = load.open_index(folder, config)
+    spec = load.quant_spec(config)
+    rows = list(config_rows(config))
+    rows.append(("weights", f"4-bit AWQ, groups of {spec.group_size}" if spec else "float"))
+    report = compare(load.empty_model(config, torch.float32, spec), index, config.layout)
+    rows += key_rows(report, len(index.names()))
+    wrong = report.missing or report.unexpected or report.duplicate or report.misshapen
+    good = False if wrong else None
+    if not wrong and not args.keys_only:
+        source = load.open_source(folder)
+        dtype = load.choose_dtype(source, args.dtype, torch.device("cpu"))
+        good, words = comparison(source, dtype, args.tokens)
+        rows += [("dtype", str(dtype).removeprefix("torch.")), ("against transformers", words)]
+    return good, rows
+
+
+def block(name: str, good: bool | None, rows: list[Row]) -> str:
+    """The report as text to paste."""
+    versions = f"tinychat {tinychat.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+    machine = f"Python {platform.python_version()}, {platform.machine()}"
+    shown = Path(name).name if Path(name).exists() else name  # a local path is nobody's business
+    lines = [("model", shown), *rows, ("versions", f"{versions}, {machine}"), ("verdict", VERDICTS[good])]
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(["```", *(f"{label:{width}}  {text}" for label, text in lines), "```"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a folder or a hub id")
+    parser.add_argument("--revision", help="of the hub id")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as the checkpoint says)")
+    parser.add_argument("--tokens", type=int, default=16, help="greedy tokens to compare (%(default)s)")
+    parser.add_argument("--keys-only", action="store_true", help="compare names and shapes, read no weights")
+    args = parser.parse_args(argv)
+    try:
+        good, rows = verify(args.model, args)
+    except TinychatError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(block(args.model, good, rows))
+    return 3 if good is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
