@@ -24,10 +24,10 @@ class Tokenizer(Protocol):
     """The part of transformers' PreTrainedTokenizerBase that is used here."""
 
     def decode(
-        self, token_ids: list[int], /, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool
+        self, token_ids: list[int], /, *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
     ) -> str | list[str]: ...
 
-    def convert_ids_to_tokens(self, ids: int, /) -> str | list[str]: ...
+    def convert_ids_to_tokens(self, ids: list[int], /) -> str | list[str]: ...
 
 
 class Detokenizer:
@@ -51,7 +51,8 @@ class Detokenizer:
             return self._split_run() if self._run > LONGEST_RUN else ""
         piece = self._send(_certain(self._decode(self._window)))
         if len(self._window) >= 2 * WINDOW:
-            self._restart(self._window[-WINDOW:])
+            self._window = self._window[-WINDOW:]
+            self._sent = len(_certain(self._decode(self._window)))
         return piece
 
     def flush(self) -> str:
@@ -64,20 +65,14 @@ class Detokenizer:
         piece, self._sent = text[self._sent :], len(text)
         return piece
 
-    def _restart(self, window: list[int]) -> None:
-        """Forgets the ids before the window; its text but for an unfinished end has been sent."""
-        self._window = window
-        self._sent = len(_certain(self._decode(window)))
-
     def _split_run(self) -> str:
         """Sends a long run up to its last whole character, which stays as the context of what follows."""
         size = len(self._window)
         end = next((end for end in range(size, size - 4, -1) if self._is_whole(0, end)), size)
         piece = self._send(self._decode(self._window[:end]))
         start = next((start for start in range(end - 1, end - 5, -1) if self._is_whole(start, end)), end - 1)
-        rest = self._window[end:]
-        self._restart(self._window[start:end])
-        self._window += rest
+        self._sent = len(self._decode(self._window[start:end]))
+        self._window = self._window[start:]
         self._run = len(self._window)
         return piece
 
@@ -94,8 +89,8 @@ class Detokenizer:
         # Twice, since a space alone at the beginning is stripped.
         if not self._decode([token_id, token_id]):
             return "silent"
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        return "byte" if isinstance(token, str) and BYTE_TOKEN.fullmatch(token) else "text"
+        (token,) = self._tokenizer.convert_ids_to_tokens([token_id])
+        return "byte" if BYTE_TOKEN.fullmatch(token) else "text"
 
     def _decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

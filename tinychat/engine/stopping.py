@@ -29,7 +29,7 @@ class Step:
 
 
 def borders(pattern: str) -> tuple[int, ...]:
-    """For each prefix of the pattern, the length of its longest border: both its prefix and its suffix (Knuth et al. 1977)."""
+    """For each prefix of the pattern, how long its longest border is, prefix and suffix at once (Knuth 1977)."""
     lengths = [0]
     for char in pattern[1:]:
         length = lengths[-1]
@@ -95,8 +95,9 @@ class StopMatcher:
 class Stopping:
     """Ends one row: an EOS token, a stop string or the length, whichever is first.
 
-    `token_ids` are the answer, without the EOS. stop_ids and stop_strings are the model's own end marks (generation config, tokenizer, template); ignore_eos turns
-    both off and leaves the user's stop strings. `room` is how many tokens the context can still take.
+    `token_ids` are the answer, without the EOS. stop_ids and stop_strings are the model's own end marks (generation
+    config, tokenizer, template); ignore_eos turns both off and leaves the user's stop strings. `room` is how many
+    tokens the context can still take.
     """
 
     def __init__(
