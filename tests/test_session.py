@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as pillow
 from scripted_engine import ScriptedEngine
 
+from make_tiny_model import make_tiny_model
 from tinychat.core import Failed, Finished, Image, SamplingParams, StoppingParams, Text, Token
+from tinychat.engine.engine import Engine
 from tinychat.errors import FormatError, TinychatError, UsageError
+from tinychat.load import load
 from tinychat.session import Session
 from tinychat.store import Store
 
@@ -395,3 +399,65 @@ def test_the_store_is_the_users_own_where_none_is_given(tmp_path: Path, monkeypa
     assert not (tmp_path / "mine").exists()
     session.save("pets")
     assert (tmp_path / "mine" / "conversations.sqlite3").exists()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = make_tiny_model(tmp_path_factory.mktemp("model"))
+    return Engine(*load(str(folder)), context=256)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Image:
+    path = tmp_path / "red.png"
+    pillow.new("RGB", (64, 48), "red").save(path)
+    return Image(path=str(path))
+
+
+def test_a_turn_of_the_real_engine_computes_only_what_is_new(engine: Engine, picture: Image) -> None:
+    session = Session(engine, stopping=StoppingParams(max_new_tokens=6))
+    list(session.say("what is this?", [picture]))
+    first = session.last
+    list(session.say("and?"))
+    assert first is not None
+    assert session.last is not None
+    assert session.last.usage.cached_tokens == first.usage.prompt_tokens + first.usage.completion_tokens - 1
+
+
+def test_undo_then_ask_answers_as_asking_afresh_does(engine: Engine, picture: Image) -> None:
+    undone = Session(engine, stopping=StoppingParams(max_new_tokens=6))
+    list(undone.say("what is this?", [picture]))
+    talk(undone, "and that?")
+    undone.undo()
+    list(undone.say("how many?", [picture]))
+    engine.reset()
+    fresh = Session(engine, stopping=StoppingParams(max_new_tokens=6))
+    list(fresh.say("what is this?", [picture]))
+    engine.reset()
+    list(fresh.say("how many?", [picture]))
+    assert [turn.assistant.token_ids for turn in undone.turns] == [turn.assistant.token_ids for turn in fresh.turns]
+
+
+def test_a_full_context_of_the_real_engine_leaves_the_session_usable(engine: Engine) -> None:
+    session = Session(engine, stopping=StoppingParams(max_new_tokens=4))
+    talk(session, "a" * 90, "b" * 50)
+    (failed,) = session.say("c" * 60)
+    assert isinstance(failed, Failed)
+    assert failed.exit_code == 5
+    assert len(session.turns) == 2
+    session.drop_oldest()
+    talk(session, "c" * 60)
+    assert len(session.turns) == 2
+
+
+def test_closing_an_answer_of_the_real_engine_keeps_what_was_said(engine: Engine) -> None:
+    session = Session(engine, stopping=StoppingParams(max_new_tokens=100, ignore_eos=True))
+    events = session.say("go")
+    words = [event for event, _ in zip(events, range(9), strict=False) if isinstance(event, Token)]
+    events.close()  # type: ignore[attr-defined]
+    assert words
+    assert session.last is not None
+    assert session.last.finish_reason == "cancelled"
+    assert len(words) <= len(session.last.token_ids) < 12
+    talk(session, "again")
+    assert len(session.turns) == 2

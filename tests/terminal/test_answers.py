@@ -7,7 +7,7 @@ import pytest
 from scripted_engine import ScriptedEngine
 from terminal.emulator import Emulator
 
-from tinychat.core import Event, Failed, Finished, Image, Message, Request, Text, Timings, Token, Usage
+from tinychat.core import Event, Failed, Finished, Image, Message, Progress, Request, Text, Timings, Token, Usage
 from tinychat.terminal.answers import is_plain, print_answer, stats_line
 
 
@@ -55,6 +55,16 @@ def test_a_failure_is_a_sentence_on_err() -> None:
     failed = Failed("ask", "cat\x1b[2J.png is a text file", "give a picture", 4)
     assert print_answer(ask(failed), out=out, err=err) is failed
     assert (out.getvalue(), err.getvalue()) == ("", "error: cat[2J.png is a text file; give a picture\n")
+
+
+def test_a_failure_takes_the_progress_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal = Emulator()
+    failed = Failed("ask", "the memory ran out", "use less", 5)
+    print_answer([Progress("ask", "prefill", 1, 2), failed], out=terminal, err=terminal)
+    assert terminal.lines() == ["error: the memory ran out; use less"]
+    assert not terminal.screen.cursor.hidden
 
 
 def test_the_tail_is_printed_too() -> None:

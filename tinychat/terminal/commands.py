@@ -241,6 +241,8 @@ COMMANDS = (
 BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.short)}
 
 FOOT = """\
-A path in a question, typed, pasted or dragged, shows that picture: /home/me/cat.png what is this?
-Alt-Enter or a \\ at the end of a line begins a new line; lines between \"\"\" and \"\"\" are taken as they are.
+A path in a question, typed, pasted or dragged, shows that picture:
+  /home/me/cat.png what is this?
+Alt-Enter, or a \\ at the end of a line, begins a new line.
+What stands between \"\"\" and \"\"\" is sent as it is.
 Ctrl-C stops an answer and keeps what was said; once more leaves."""
