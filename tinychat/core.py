@@ -14,7 +14,7 @@ from tinychat.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "eos", "cancelled"]
-Stage = Literal["load", "images", "vision", "prefill"]
+Stage = Literal["load", "images", "vision", "prefill", "quantize"]
 
 
 @dataclass(frozen=True, slots=True)
