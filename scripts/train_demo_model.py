@@ -2,7 +2,7 @@
 """Train the embedded demo model on generated pictures and dialogues, with tinychat's own model classes.
 
     scripts/train_demo_model.py --run runs/demo --samples 150000 --minutes 60   # stops cleanly; the same call resumes
-    scripts/train_demo_model.py --run runs/demo --export tinychat/assets/demo/model
+    scripts/train_demo_model.py --run runs/demo --export tinychat/assets/demo
 
 The learning rate rises over the first 1 % of --samples, stays, and falls to nothing over the last 45 %. Matrices are
 trained with Muon, everything else with AdamW. Two losses: the next token of every answer, and, on the vision tower's
@@ -28,19 +28,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from demo_data import (
+from demo_export import export
+from demo_tokenizer import build_tokenizer
+from tinychat.config import VilaConfig
+from tinychat.eval.demo import (
     DENSE_CLASSES,
     GRID,
     IMAGE_SIZE,
     PATCH,
-    TASKS,
     Sample,
-    build_tokenizer,
-    correct,
     sample_at,
-    task_questions,
 )
-from tinychat.config import VilaConfig
 from tinychat.models.vila_fusion import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 
@@ -48,7 +46,6 @@ CONTEXT = 2048
 MUON_LR, ADAM_LR = 0.02, 1.5e-3
 DENSE_WEIGHT = 2.0
 EMPTY_PATCH_WEIGHT = 0.15  # most patches show background: they must not drown the rest
-ANSWER_TOKENS = 40
 BLOCK = 16  # batches that are drawn together and sorted by length
 
 
@@ -260,30 +257,6 @@ def note(log: Any, **values: float) -> None:
     log.flush()
 
 
-@torch.inference_mode()
-def answer(model: VilaLlamaForCausalLM, encoder: Encoder, sample: Sample, at: int) -> str:
-    """The model's greedy answer to turn `at`, with the turns before it as they should have been."""
-    ids, _ = encoder.row(Sample(sample.pictures, sample.turns[: at + 1], sample.system, sample.dense))
-    ids = ids[: -len(encoder.text(sample.turns[at].answer)) - 1]
-    images = pixels(list(sample.pictures)) if sample.pictures else None
-    out = model(torch.tensor([ids]), start_pos=0, images=images, chunk_prefilling=True)
-    tokens: list[int] = []
-    while (token := int(out.logits[0, -1].argmax())) != encoder.end and len(tokens) < ANSWER_TOKENS:
-        tokens.append(token)
-        out = model(torch.tensor([[token]]), past_key_values=out.past_key_values)
-    return encoder.tokenizer.decode(tokens)
-
-
-def evaluate(model: VilaLlamaForCausalLM, encoder: Encoder, per_task: int) -> Iterator[tuple[str, str, float]]:
-    """(split, task, share of right answers) for every task of validation and held-out."""
-    model.eval()
-    for split in ("validation", "heldout"):
-        for task in TASKS:
-            drawn = task_questions(split, task, per_task)
-            right = [correct(answer(model, encoder, s, at), s.turns[at].answer, task) for s, at in drawn]
-            yield split, task, sum(right) / max(1, len(right))
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of checkpoint and log")
@@ -292,8 +265,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="dialogues a step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 matrix products")
-    parser.add_argument("--evaluate", type=int, metavar="N", help="answer N questions a task and stop")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the 4-bit model and stop")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write 16 bit, 4 bit and the card, and stop")
+    parser.add_argument("--per-task", type=int, default=200, help="questions a task for the card of --export")
     return parser.parse_args()
 
 
@@ -305,9 +278,8 @@ def main() -> int:
     if (args.run / "checkpoint.pt").exists():
         state.load(args.run / "checkpoint.pt")
         print(f"resumed after {state.seen} samples", flush=True)
-    if args.evaluate:
-        for split, task, share in evaluate(state.model, encoder, args.evaluate):
-            print(f"{split:10} {task:12} {share:.3f}", flush=True)
+    if args.export:
+        export(state.model, tokenizer, args.export, f"{state.seen} dialogues", args.per_task)
         return 0
     train(state, encoder, args)
     return 0

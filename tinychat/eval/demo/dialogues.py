@@ -6,9 +6,9 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from demo_data import beyond, phrases
-from demo_data.questions import Asker, Chain, Turn, plural
-from demo_data.scenes import COLOURS, SHAPES
+from tinychat.eval.demo import beyond, phrases
+from tinychat.eval.demo.questions import Asker, Chain, Turn, plural
+from tinychat.eval.demo.scenes import COLOURS, SHAPES
 
 MAX_TURNS = 7
 MAX_TOKENS = 112

@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from demo_data import phrases
-from demo_data.scenes import COLOURS, IMAGE_SIZE, SHAPES, Bar, Scene, Shape
+from tinychat.eval.demo import phrases
+from tinychat.eval.demo.scenes import COLOURS, IMAGE_SIZE, SHAPES, Bar, Scene, Shape
 
 ORDINALS = ("first", "second")
 

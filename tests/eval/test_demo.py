@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import demo_data
-from demo_data import beyond, dialogues, heldout, phrases, pictures, questions, samples, scenes, showcase, tokenizer
-from demo_data.questions import Asker, Turn
-from demo_data.scenes import GRID, IMAGE_SIZE, PATCH, Background, Scene, Shape
+import demo_tokenizer
+from tinychat.eval import demo
+from tinychat.eval.demo import beyond, dialogues, heldout, phrases, pictures, questions, samples, scenes, showcase
+from tinychat.eval.demo.questions import Asker, Turn
+from tinychat.eval.demo.scenes import GRID, IMAGE_SIZE, PATCH, Background, Scene, Shape
 
 GROUND = (1, 2, 3)
 PLAIN = Background("plain", GROUND, GROUND)
@@ -27,25 +28,25 @@ PLAIN = Background("plain", GROUND, GROUND)
 
 @pytest.fixture(scope="module")
 def tokens() -> PreTrainedTokenizerFast:
-    return demo_data.build_tokenizer()
+    return demo_tokenizer.build_tokenizer()
 
 
-def written(drawn: samples.Dialogue | demo_data.Sample) -> str:
+def written(drawn: samples.Dialogue | demo.Sample) -> str:
     system = f"<|system|>{drawn.system}<|end|>" if drawn.system else ""
     return system + "".join(f"<|user|>{t.question}<|end|><|assistant|>{t.answer}<|end|>" for t in drawn.turns)
 
 
-@pytest.mark.parametrize("split", demo_data.SPLITS)
-def test_a_sample_is_the_same_at_every_call(split: demo_data.Split):
+@pytest.mark.parametrize("split", demo.SPLITS)
+def test_a_sample_is_the_same_at_every_call(split: demo.Split):
     for index in range(8):
-        once, again = demo_data.sample_at(split, index), demo_data.sample_at(split, index)
+        once, again = demo.sample_at(split, index), demo.sample_at(split, index)
         assert once.turns == again.turns and once.system == again.system
         assert all(np.array_equal(a, b) for a, b in zip(once.pictures, again.pictures, strict=True))
         assert np.array_equal(once.dense, again.dense)
 
 
 def test_splits_and_seeds_share_no_picture():
-    drawn = [demo_data.sample_at(split, i, seed) for split in demo_data.SPLITS for seed in (0, 1) for i in range(60)]
+    drawn = [demo.sample_at(split, i, seed) for split in demo.SPLITS for seed in (0, 1) for i in range(60)]
     painted = [picture.tobytes() for sample in drawn for picture in sample.pictures]
     # two pictures of one sample may be the same: "what is different?" - "Nothing."
     assert len(set(painted)) > 0.98 * len(painted)
@@ -53,21 +54,21 @@ def test_splits_and_seeds_share_no_picture():
     assert len(set(first)) == len(first)
 
 
-@pytest.mark.parametrize("split", demo_data.SPLITS)
-def test_shapes_and_types_of_a_sample(split: demo_data.Split):
+@pytest.mark.parametrize("split", demo.SPLITS)
+def test_shapes_and_types_of_a_sample(split: demo.Split):
     for index in range(30):
-        sample = demo_data.sample_at(split, index)
+        sample = demo.sample_at(split, index)
         assert sample.dense.shape == (len(sample.pictures), 3, GRID, GRID)
         assert all(p.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and p.dtype == np.uint8 for p in sample.pictures)
         assert sum(turn.pictures for turn in sample.turns) == len(sample.pictures)
         assert 1 <= len(sample.turns) <= dialogues.MAX_TURNS
-        assert all((sample.dense[:, i] < classes).all() for i, classes in enumerate(demo_data.DENSE_CLASSES))
-        assert {turn.task for turn in sample.turns} <= set(demo_data.TASKS)
+        assert all((sample.dense[:, i] < classes).all() for i, classes in enumerate(demo.DENSE_CLASSES))
+        assert {turn.task for turn in sample.turns} <= set(demo.TASKS)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_the_number_of_pictures_can_be_asked_for(count: int):
-    assert all(len(demo_data.sample_at("train", i, pictures=count).pictures) == count for i in range(10))
+    assert all(len(demo.sample_at("train", i, pictures=count).pictures) == count for i in range(10))
 
 
 def test_dense_labels_lie_on_what_they_name():
@@ -236,7 +237,7 @@ def test_yes_and_no_are_about_as_frequent():
 
 def test_every_task_is_asked():
     asked = {turn.task for index in range(400) for turn in samples.dialogue_at("train", index).turns}
-    assert asked == set(demo_data.TASKS)
+    assert asked == set(demo.TASKS)
 
 
 def test_held_out_phrasings_and_words_are_new():
@@ -259,7 +260,7 @@ def test_phrasings_of_a_question_fill_the_same_gaps():
 
 
 def test_dialogues_are_short(tokens: PreTrainedTokenizerFast):
-    drawn = [samples.dialogue_at(split, i) for split in demo_data.SPLITS for i in range(700)]
+    drawn = [samples.dialogue_at(split, i) for split in demo.SPLITS for i in range(700)]
     lengths = tokens([written(replace(d, system=None)) for d in drawn], return_attention_mask=False)["input_ids"]
     assert max(map(len, lengths)) <= dialogues.MAX_TOKENS
 
@@ -291,21 +292,21 @@ def test_what_is_read_is_spelled(tokens: PreTrainedTokenizerFast):
 
 @given(st.text())
 def test_any_text_comes_back(tokens: PreTrainedTokenizerFast, text: str):
-    if not any(special in text for special in tokenizer.SPECIALS):
+    if not any(special in text for special in demo_tokenizer.SPECIALS):
         assert tokens.decode(tokens.encode(text)) == text
 
 
 def test_the_tokenizer_is_the_same_at_every_call_and_after_saving(tokens: PreTrainedTokenizerFast, tmp_path: Path):
-    again = demo_data.build_tokenizer()
+    again = demo_tokenizer.build_tokenizer()
     assert again.get_vocab() == tokens.get_vocab()
-    assert len(tokens) == tokenizer.VOCABULARY and sorted(tokens.get_vocab().values()) == list(range(len(tokens)))
+    assert len(tokens) == demo_tokenizer.VOCABULARY and sorted(tokens.get_vocab().values()) == list(range(len(tokens)))
     tokens.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "<|user|><image>What colour is the circle? é世<|end|><|assistant|>Red.<|end|>"
     assert loaded.encode(text) == tokens.encode(text)
     assert loaded.decode(loaded.encode(text)) == text
     assert (loaded.eos_token, loaded.bos_token, loaded.pad_token) == ("<|end|>", None, "<pad>")
-    assert loaded.chat_template == tokenizer.CHAT_TEMPLATE
+    assert loaded.chat_template == demo_tokenizer.CHAT_TEMPLATE
 
 
 def test_the_template_writes_what_training_sees(tokens: PreTrainedTokenizerFast):
@@ -322,9 +323,9 @@ def test_the_template_writes_what_training_sees(tokens: PreTrainedTokenizerFast)
     assert prompt == "<|user|><image>What is written?<|end|><|assistant|>"
 
 
-@pytest.mark.parametrize("task", demo_data.TASKS)
+@pytest.mark.parametrize("task", demo.TASKS)
 def test_task_questions_open_a_fresh_dialogue(task: str):
-    asked = demo_data.task_questions("validation", task, 12)
+    asked = demo.task_questions("validation", task, 12)
     assert len(asked) == 12
     for sample, at in asked:
         assert sample.turns[at].task == task and sample.system is None
@@ -334,7 +335,7 @@ def test_task_questions_open_a_fresh_dialogue(task: str):
 
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match=r"no task 'smell'; the tasks are colour, shape"):
-        demo_data.task_questions("validation", "smell", 1)
+        demo.task_questions("validation", "smell", 1)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +352,7 @@ def test_an_unknown_task_is_refused():
     ],
 )
 def test_correct(answer: str, expected: str, task: str, right: bool):
-    assert demo_data.correct(answer, expected, task) is right
+    assert demo.correct(answer, expected, task) is right
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -360,16 +361,16 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def test_exported_questions_name_their_pictures(tmp_path: Path):
-    path = demo_data.export_task_set(tmp_path, "validation", 3)
+    path = demo.export_task_set(tmp_path, "validation", 3)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert len(rows) == 3 * len(demo_data.TASKS)
+    assert len(rows) == 3 * len(demo.TASKS)
     for row in rows:
         assert row["question"] and row["answer"] and bool(row["history"]) == (row["task"] == "follow_up")
         assert all(size_of(tmp_path / name) == (IMAGE_SIZE, IMAGE_SIZE) for name in row["pictures"])
 
 
 def test_sample_pictures_are_small_and_asked_about(tmp_path: Path):
-    asked = demo_data.draw_samples(tmp_path)
+    asked = demo.draw_samples(tmp_path)
     files = {path.name: path for path in tmp_path.iterdir()}
     assert {name for question in asked for name in question.pictures} == set(files) == set(showcase.showcase())
     for path in files.values():

@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from demo_data.pictures import fitting_slant, moved, unmoved
-from demo_data.scenes import IMAGE_SIZE, Background, Glyph, Lettering, Rgb, Scene, Shape, Style, mix
+from tinychat.eval.demo.pictures import fitting_slant, moved, unmoved
+from tinychat.eval.demo.scenes import IMAGE_SIZE, Background, Glyph, Lettering, Rgb, Scene, Shape, Style, mix
 
 FINE = 3
 SIDE = IMAGE_SIZE * FINE

@@ -10,8 +10,20 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from demo_data import strokes
-from demo_data.scenes import ANCHORS, IMAGE_SIZE, WORDS, Background, Glyph, Lettering, Rgb, Scene, Shape, Style, mix
+from tinychat.eval.demo import strokes
+from tinychat.eval.demo.scenes import (
+    ANCHORS,
+    IMAGE_SIZE,
+    WORDS,
+    Background,
+    Glyph,
+    Lettering,
+    Rgb,
+    Scene,
+    Shape,
+    Style,
+    mix,
+)
 
 SCALE = 2
 _TINTS: tuple[Rgb, ...] = (

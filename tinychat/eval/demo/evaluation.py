@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from demo_data.dialogues import TASKS
-from demo_data.samples import Sample, Split, dialogue_at, sample_at
+from tinychat.eval.demo.dialogues import TASKS
+from tinychat.eval.demo.samples import Sample, Split, dialogue_at, sample_at
 
 SEARCHED = 60
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from demo_data import beyond, dialogues, heldout, phrases, pictures, questions, scenes
-from demo_data.questions import Asker, Chain, Phrases, Turn
-from demo_data.scenes import Scene, Style
+from tinychat.eval.demo import beyond, dialogues, heldout, phrases, pictures, questions, scenes
+from tinychat.eval.demo.questions import Asker, Chain, Phrases, Turn
+from tinychat.eval.demo.scenes import Scene, Style
 
 Split = Literal["train", "validation", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")

@@ -7,8 +7,8 @@ from collections import Counter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from demo_data.dialogues import known_words, template_words
-from demo_data.samples import dialogue_at
+from tinychat.eval.demo.dialogues import known_words, template_words
+from tinychat.eval.demo.samples import dialogue_at
 
 VOCABULARY = 512
 PAD, USER, ASSISTANT, SYSTEM, END, IMAGE = "<pad>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<image>"

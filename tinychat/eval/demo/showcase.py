@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from demo_data import pictures
-from demo_data.scenes import ANCHORS, IMAGE_SIZE, Background, Bar, Lettering, Scene, Shape
+from tinychat.eval.demo import pictures
+from tinychat.eval.demo.scenes import ANCHORS, IMAGE_SIZE, Background, Bar, Lettering, Scene, Shape
 
 SCALE = 4
 _WHITE = Background("plain", (255, 255, 255), (255, 255, 255))
