@@ -1,0 +1,1 @@
+"""How good a model is: tasks with known answers, and what quantizing costs."""
