@@ -109,9 +109,9 @@ class AskFlags:
     """What to ask, and how the answer is given."""
 
     words: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="QUESTION | FILE", help="The question and its pictures, in any order; - is stdin."),
-    ] = field(default_factory=list[str])
+    ] = None
     image: Images = field(default_factory=list[str])
     system: System = None
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the answer as it grows.")] = True
