@@ -6,11 +6,12 @@ Layouts: `vila` (VILA-1.5 and NVILA folders, and ours), `llava` (the original LL
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -229,7 +230,7 @@ def read_config(folder: Path) -> VilaConfig:
 def read_json(path: Path) -> Json:
     """A JSON object from a file. Raises ModelError where there is no file, FormatError where it is not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         there = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
         found = f"found {', '.join(there)}" if there else "the folder is empty or missing"
@@ -238,7 +239,7 @@ def read_json(path: Path) -> Json:
         raise FormatError(f"{path} is not valid JSON ({error})", "download or copy the file again") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a {type(value).__name__}, not an object", "download or copy the file again")
-    return value
+    return cast("Json", value)
 
 
 def layout_of(raw: Mapping[str, Any]) -> Layout:
@@ -284,7 +285,9 @@ def _from_llava(raw: Json) -> Json:
     fields = {key: raw[key] for key in raw.keys() - own.keys() - {"mm_projector_type", "mm_hidden_size"}}
     fields["llm_cfg"] = {**own, "model_type": _family_of_llava(raw)}
     fields["mm_projector_cfg"] = {"mm_projector_type": raw.get("mm_projector_type", "linear")}
-    fields.update({key: raw[key] for key in ("vision_tower_cfg", "quantization_config", "dtype") if key in raw})
+    fields.update(
+        {key: raw[key] for key in ("vision_tower_cfg", "quantization_config", "dtype", "torch_dtype") if key in raw}
+    )
     return {**fields, "layout": "llava"}
 
 
@@ -328,6 +331,7 @@ def _foreign(part: str, cfg: Json) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
         raise ModelError(f"the {part} config has the unknown model_type {model_type!r}", "check its config.json")
     fields = {key: value for key, value in cfg.items() if key not in ("model_type", "quantization_config")}
+    fields = copy.deepcopy(fields)  # transformers writes into the dicts that it is given
     return CONFIG_MAPPING[model_type](**fields)
 
 
@@ -367,14 +371,14 @@ def _text_config(config: PretrainedConfig) -> TextConfig:
 
 def _rope_config(config: Any) -> RopeConfig:
     """From transformers 5's `rope_parameters`. A missing theta is an error: guessing it gives fluent nonsense."""
-    rope = config.rope_parameters or {}
+    rope: Json = config.rope_parameters or {}
     if rope.get("rope_theta") is None:
         raise ModelError("the decoder's config has no rope_theta", "add rope_theta to config.json")
     optional = ("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale")
     names = (*optional, "mscale_all_dim", "truncate")
     length = config.max_position_embeddings
-    kind = rope.get("rope_type", "default")
-    original = length if kind == "dynamic" else rope.get("original_max_position_embeddings") or length
+    kind: str = rope.get("rope_type", "default")
+    original: int = length if kind == "dynamic" else rope.get("original_max_position_embeddings") or length
     return RopeConfig(
         theta=float(rope["rope_theta"]),
         type=kind,

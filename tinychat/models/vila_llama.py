@@ -62,7 +62,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         self.build_vision(config.vision, config.projector)
         dtype = _dtype_of(config, self.llm.lm_head.weight.device)
         if dtype != self.llm.lm_head.weight.dtype:
-            self.to(dtype=dtype)
+            nn.Module.to(self, dtype)  # transformers' own wrapper has no types
 
     def freezed_module_patch(self) -> None:
         """While training, keep the parts that are not tuned in eval mode (config.tune_vision_tower, _mm_projector)."""
