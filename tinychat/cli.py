@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,7 @@ from tinychat.flags import (
     BenchFlags,
     ChatFlags,
     DoctorFlags,
+    EvalFlags,
     ModelFlags,
     SamplingFlags,
     Verbose,
@@ -157,6 +158,25 @@ def bench(flags: BenchFlags, model: ModelFlags) -> int:
         if foot := benching.foot(found):
             typer.echo(foot)
     return 0
+
+
+@app.command(name="eval")
+@with_flags
+def evaluate(flags: EvalFlags, model: ModelFlags) -> int:
+    """Measure how well a model answers."""
+    from tinychat.eval import report as evaluating
+
+    named = flags.words[0] if flags.words else model.model
+    if flags.words and model.model not in (None, named):
+        raise UsageError(f"both {named} and --model {model.model} are given", "give one of the two")
+    plan = evaluating.Plan(named or EMBEDDED, flags.per_task, tuple(flags.only))
+    loaded = open_model(replace(model, model=named))
+    found = evaluating.measure(plan, loaded.engine, _note)
+    if flags.json:
+        typer.echo(json.dumps(found))
+    else:
+        _draw_table(evaluating.rows(found))
+    return int(min(score["share"] for score in found["scores"]) < flags.fail_under)
 
 
 @app.command()

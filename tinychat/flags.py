@@ -140,6 +140,28 @@ class BenchFlags:
 
 
 @dataclass(frozen=True)
+class EvalFlags:
+    """What is measured, on how many questions, and when the result counts as a failure."""
+
+    words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help="The same as --model.")] = None
+    tasks: Annotated[str, typer.Option(help="What to measure: demo (generated pictures with known answers).")] = "demo"
+    per_task: Annotated[int, typer.Option(help="Questions of each task and split.", min=1)] = 200
+    only: Annotated[list[str], typer.Option(metavar="TASK", help="Only this task, such as read; repeatable.")] = field(
+        default_factory=list
+    )
+    fail_under: Annotated[
+        float, typer.Option(help="End with code 1 where a task scores lower, 0 to 1.")
+    ] = 0.0
+    json: AsJson = False
+
+    def __post_init__(self) -> None:
+        if self.tasks != "demo":
+            raise UsageError(f"--tasks is {self.tasks!r}", "give demo")
+        if len(self.words or []) > 1:
+            raise UsageError(f"{len(self.words or [])} models are named", "evaluate one at a time")
+
+
+@dataclass(frozen=True)
 class DoctorFlags:
     """What doctor looks at."""
 
