@@ -375,8 +375,9 @@ def test_streaming_fills_the_model(tmp_path):
 def test_tied_parameters_stay_one(tmp_path, on_disk):
     dropped = {name: None for name in ("model.embed_tokens.weight", "lm_head.weight") if on_disk not in (name, "both")}
     content = tensors(**dropped)
-    model = empty(tied=True)
-    stream_into(model, Index.of(saved(tmp_path, content)), "text")
+    model, index = empty(tied=True), Index.of(saved(tmp_path, content))
+    assert len(compare(model, index, "text").found) == 2
+    stream_into(model, index, "text")
     assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
     wanted = content.get("model.embed_tokens.weight", content.get("lm_head.weight"))
     assert torch.equal(model.llm.lm_head.weight, wanted)
@@ -569,8 +570,11 @@ def test_rewriting_removes_what_the_last_save_left(tmp_path):
 
 def test_views_of_one_tensor_are_written_apart(tmp_path):
     fused = torch.arange(8.0).reshape(4, 2)
-    write_safetensors([("q", fused[:2]), ("k", fused[2:]), ("t", fused.T)], tmp_path)
-    assert torch.equal(load_file(tmp_path / "model.safetensors")["k"], fused[2:])
+    write_safetensors([("q", fused[:2]), ("k", fused[2:]), ("t", fused.T), ("all", fused), ("again", fused)], tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(found["k"], fused[2:])
+    assert torch.equal(found["t"], fused.T)
+    assert torch.equal(found["again"], fused)
 
 
 def test_a_failed_write_leaves_the_old_weights(tmp_path):

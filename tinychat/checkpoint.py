@@ -345,8 +345,9 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], shard_size: int) -> Iterator[
             yield shard
             shard = {}
         tensor = tensor.detach().cpu().contiguous()
-        shared = tensor.untyped_storage().nbytes() != tensor.nbytes  # a view would be refused beside its sibling
-        shard[name] = tensor.clone() if shared else tensor
+        storage = tensor.untyped_storage().data_ptr()
+        shared = any(storage == other.untyped_storage().data_ptr() for other in shard.values())
+        shard[name] = tensor.clone() if shared else tensor  # safetensors refuses two tensors of one memory
     yield shard
 
 
