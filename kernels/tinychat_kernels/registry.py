@@ -12,6 +12,7 @@ from typing import Any
 from tinychat_kernels.errors import KernelError
 
 ORDER = ("ref",)  # from the fastest to the plainest
+OPS = ("w4_linear",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def pick(op: str, backend: str | None = None) -> Callable[..., Any]:
     asked = backend or os.environ.get("TINYCHAT_BACKEND") or None
     if asked is not None and asked not in ORDER:
         raise KernelError(f"there is no backend {asked!r}; known are {', '.join(ORDER)}: see `tinychat doctor`")
-    for name in [asked] if asked else ORDER:
+    for name in ([asked] if asked else ORDER) if op in OPS else ():
         if (function := getattr(_module(name), op, None)) is not None:
             return function
     raise KernelError(f"no backend has an op {op!r}: see `tinychat doctor`")

@@ -1,0 +1,36 @@
+"""Which kernel is picked, and the sentence where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinychat_kernels import ref, registry
+from tinychat_kernels.errors import KernelError
+
+
+def test_the_reference_is_always_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    assert registry.pick("w4_linear") is ref.w4_linear
+    assert registry.pick("w4_linear", "ref") is ref.w4_linear
+
+
+def test_every_known_backend_says_how_it_stands() -> None:
+    states = registry.backends()
+    assert tuple(state.name for state in states) == registry.ORDER
+    assert states[-1].name == "ref" and states[-1].available
+    assert all(state.reason for state in states)
+
+
+def test_the_environment_chooses_and_an_argument_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYCHAT_BACKEND", "warp")
+    with pytest.raises(KernelError, match="there is no backend 'warp'; known are .*ref: see `tinychat doctor`"):
+        registry.pick("w4_linear")
+    assert registry.pick("w4_linear", "ref") is ref.w4_linear
+    monkeypatch.setenv("TINYCHAT_BACKEND", "")
+    assert registry.pick("w4_linear") is ref.w4_linear
+
+
+@pytest.mark.parametrize("name", ["w5_linear", "torch", "SLICE", "dequantize", "_slice"])
+def test_what_is_no_op_is_refused(name: str) -> None:
+    with pytest.raises(KernelError, match=f"no backend has an op '{name}': see `tinychat doctor`"):
+        registry.pick(name, "ref")
