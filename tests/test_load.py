@@ -293,6 +293,7 @@ def test_packed_weights_without_a_quantization_config_are_listed(tmp_path):
         (None, 0, torch.bfloat16),
         ("auto", 0, torch.bfloat16),
         ("float16", 2**30, torch.float16),
+        ("fp16", 2**30, torch.float16),
         ("torch.float16", 2**30, torch.float16),
         (torch.float64, 2**30, torch.float64),
     ],
@@ -307,7 +308,7 @@ def test_dtypes(tmp_path, monkeypatch, asked, limit, wanted):
 
 def test_arguments_that_cannot_be_are_named(tmp_path):
     folder = make_tiny_model(tmp_path, "text")
-    with pytest.raises(UsageError, match="dtype is 'int4'; give one of float16, bfloat16, float32"):
+    with pytest.raises(UsageError, match="dtype is 'int4'; give one of float16, bfloat16, float32, fp16, bf16, fp32"):
         load_model(folder, dtype="int4")
     with pytest.raises(UsageError, match="both device and device_map are given"):
         load_model(folder, device="cpu", device_map="auto")

@@ -111,7 +111,7 @@ def test_smaller_weights_are_suggested_where_no_context_fits():
     assert refusal(8).endswith(
         "take a 4-bit checkpoint of this model, whose weights take about 3.3 GiB, or free memory"
     )
-    assert refusal(14, dtype=torch.float32).endswith("try --dtype bfloat16, where the weights take 12.6 GiB")
+    assert refusal(14, dtype=torch.float32).endswith("try --dtype bf16, where the weights take 12.6 GiB")
     assert refusal(8, quantized=True).endswith("; free memory, or take a smaller model")
 
 

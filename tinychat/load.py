@@ -31,6 +31,7 @@ Report = Callable[[Progress], None]
 
 EMBEDDED = Path(__file__).parent / "assets" / "demo" / "model"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 FLOAT32_LIMIT = 2**30  # bytes up to which a CPU takes 16-bit weights as float32: exact, and faster to compute with
 WORDS = ["*.json", "*.jinja", "*.txt", "*.model"]  # configs, chat templates, vocabularies
 SAFE = [*WORDS, "*.safetensors"]
@@ -246,8 +247,8 @@ def choose_dtype(source: Source, asked: Dtype, device: torch.device) -> torch.dt
         return asked
     if asked not in (None, "auto"):
         name = asked.removeprefix("torch.")
-        if name not in DTYPES:
-            raise UsageError(f"dtype is {asked!r}", f"give one of {', '.join(DTYPES)}")
+        if (name := SHORT.get(name, name)) not in DTYPES:
+            raise UsageError(f"dtype is {asked!r}", f"give one of {', '.join((*DTYPES, *SHORT))}")
         return DTYPES[name]
     if device.type == "cpu" and planner.float_bytes(source.index, torch.float32) <= FLOAT32_LIMIT:
         return torch.float32

@@ -169,7 +169,7 @@ def _remedy(plan: Plan, text: TextConfig, dtype: torch.dtype, quantized: bool) -
     if fitting > 0:
         return f"try --context {fitting}"
     if dtype == torch.float32:
-        return f"try --dtype bfloat16, where the weights take {_gib(plan.weights // 2)} GiB"
+        return f"try --dtype bf16, where the weights take {_gib(plan.weights // 2)} GiB"
     if not quantized:
         smaller = _gib(int(plan.weights / dtype.itemsize * BITS_4))
         return f"take a 4-bit checkpoint of this model, whose weights take about {smaller} GiB, or free memory"
