@@ -46,6 +46,18 @@ def test_open_code_can_be_cut() -> None:
     assert blocks.push("```\n") == ["```py\nc\n```\n"]
 
 
+def test_an_open_list_is_cut_before_its_last_item() -> None:
+    blocks = Blocks()
+    for line in ("1. a\n", "   - x\n"):
+        blocks.push(line)
+    assert blocks.cut() is None
+    for line in ("2. b\n", "   ```\n", "   3. no item\n"):
+        blocks.push(line)
+    assert blocks.cut() == "1. a\n   - x\n"
+    assert blocks.open == ["2. b\n", "   ```\n", "   3. no item\n"]
+    assert blocks.cut() is None
+
+
 def test_a_paragraph_cannot_be_cut() -> None:
     blocks = Blocks()
     blocks.push("a\n")

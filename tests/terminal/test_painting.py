@@ -80,6 +80,16 @@ def test_code_longer_than_the_screen_has_every_line_once(step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
+def test_a_list_longer_than_the_screen_has_every_item_once(step: int) -> None:
+    items = [f"{number}. item *{number}*\n   more of it" for number in range(1, 40)]
+    drawn = paint("\n".join([*items, "", "Done."]), step).lines()
+    assert [line.split()[-1] for line in drawn if "item" in line] == [str(number) for number in range(1, 40)]
+    assert sum("more of it" in line for line in drawn) == 39
+    assert drawn[-2:] == ["", "Done."]
+    assert "*" not in "".join(drawn)
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
 def test_a_paragraph_longer_than_the_screen_has_every_word_once(step: int) -> None:
     words = " ".join(f"word{number}" for number in range(300))
     drawn = paint(f"# First\n{words}\n\n*after*", step).lines()

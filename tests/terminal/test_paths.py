@@ -101,6 +101,12 @@ def test_words_stay_words(text: str) -> None:
     assert find_pictures(text) == Found(text.strip())
 
 
+def test_an_apostrophe_before_a_path_does_not_hide_it(cat: Path) -> None:
+    assert find_pictures(f"what's in {cat}").paths == (cat,)
+    assert find_pictures(f"what's in {cat} that isn't 'odd'?").paths == (cat,)
+    assert find_pictures(f"what's in './no cat.png' and {cat}").missing == ("./no cat.png",)
+
+
 def test_a_bare_name_of_no_file_stays_a_word_and_is_mentioned() -> None:
     assert find_pictures("call it cat.png?") == Found("call it cat.png?", mentioned=("cat.png",))
 

@@ -38,12 +38,22 @@ class Blocks:
         return finished
 
     def cut(self) -> str | None:
-        """The lines of an open code block so far, as a block of their own; the rest goes on under the same fence."""
-        if not self._fence or self._is_list or len(self.open) < 2:
+        """What an open block can give up as a block of its own: code so far, a list's items before the last."""
+        if self._is_list:
+            return self._cut_list()
+        if not self._fence or len(self.open) < 2:
             return None
         head, *code = self.open
         self.open = [head]
         return "".join([head, *code, f"{self._fence}\n"])
+
+    def _cut_list(self) -> str | None:
+        items = [i for i, line in enumerate(self.open) if not line[0].isspace() and _LIST_ITEM.match(line)]
+        last = items[-1] if items else 0
+        if not last:
+            return None
+        finished, self.open = self.open[:last], self.open[last:]
+        return "".join(finished)
 
     def _open_fence(self, line: str, fence: str) -> list[str]:
         """A fence begins a block, but for an indented one in a list, which belongs to its item."""

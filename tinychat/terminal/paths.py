@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +21,8 @@ _SHELL_PIECE = re.compile(r"'([^']*)'|\"((?:[^\"\\]|\\.)*)\"|\\(.)|([^'\"\\]+)")
 _PLAIN_WORD = re.compile(r"\S+")
 _WORD_START = re.compile(r"(?:^|(?<=\s))[(\[{]*(?=\S)")
 _TRAILING = ",;:.!?)]}"
+_LONGEST = 4096  # PATH_MAX: nothing longer is a path, and a long paste is not searched for one again and again
+_READINGS = 4  # how many suffixes a name with bare spaces may hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,9 @@ def _spaced(text: str, start: int) -> _Candidate | None:
     """A rooted path with bare spaces in it, where some reading of it up to a picture's suffix is a file."""
     if not _ROOTED.match(text, start):
         return None
-    line_end = text.find("\n", start)
-    for match in _SUFFIX_END.finditer(text, start, len(text) if line_end < 0 else line_end):
+    line_end = text.find("\n", start, start + _LONGEST)
+    ends = _SUFFIX_END.finditer(text, start, start + _LONGEST if line_end < 0 else line_end)
+    for match in islice(ends, _READINGS):
         path = resolve(text[start : match.end()])
         if _is_file(path):
             return _Candidate(match.end(), text[start : match.end()], path)
@@ -147,15 +151,25 @@ def _word(text: str, start: int) -> _Candidate | None:
 
 def _shell_word(text: str, start: int) -> re.Match[str]:
     """The word there: as a shell reads it, or up to the next space where that is no reading (a lone quote, Windows)."""
-    shell = None if _is_windows(text[start:]) else _SHELL_WORD.match(text, start)
-    quoted = _QUOTED.match(text, start)
+    end = start + _LONGEST
+    quoted = _QUOTED.match(text, start, end)
     if quoted is not None and _is_windows(quoted[1] or quoted[2] or ""):
         return quoted
-    if shell is not None and (shell.end() == len(text) or text[shell.end()].isspace() or text[start] in "'\""):
+    shell = None if _is_windows(text[start : start + 3]) else _SHELL_WORD.match(text, start, end)
+    if shell is not None and _is_shell_word(shell):
         return shell
     plain = _PLAIN_WORD.match(text, start)
     assert plain is not None
     return plain
+
+
+def _is_shell_word(word: re.Match[str]) -> bool:
+    """Whether a shell's reading is the right one: in `what's` and `don't` the quotes are none."""
+    if word.group()[0] in "'\"":
+        return True
+    rest = word.string[word.end() : word.end() + 1]
+    quotes = set(word.group()) & set("'\"")
+    return (not rest or rest.isspace()) and (not quotes or _ROOTED.match(word.group()) is not None)
 
 
 def _is_definite(written: str) -> bool:
