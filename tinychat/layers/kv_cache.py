@@ -47,10 +47,11 @@ class KVPool:
     ) -> None:
         shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
         self.capacity = capacity
-        self.layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.num_hidden_layers)
-        ]
+        with torch.inference_mode(False):  # else a pool made there could be written to nowhere else
+            self.layers = [
+                (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+                for _ in range(config.num_hidden_layers)
+            ]
         self._free = list(range(slots))
 
     def take(self, rows: int) -> KVCache:
@@ -91,7 +92,7 @@ class KVCache:
 
     def starts(self, start: int | Tensor) -> list[int]:
         """A start position a row, from one for all or a tensor `[B]`."""
-        return [start] * len(self.rows) if isinstance(start, int) else [int(s) for s in start]
+        return start_positions(start, len(self.rows))
 
     def check_room(self, starts: Sequence[int], count: int) -> None:
         """Raise CapacityError where `count` tokens from these positions would not fit."""
@@ -102,8 +103,14 @@ class KVCache:
                 "start with a larger --context, or clear the conversation",
             )
 
+    @torch.no_grad()
     def write(self, index: int, k: Tensor, v: Tensor, start: int | Tensor) -> None:
-        """Store k and v `[B, Hkv, T, D]` of layer `index` from position `start` (one, or `[B]`); lengths stay."""
+        """Store k and v `[B, Hkv, T, D]` of layer `index` from position `start` (one, or `[B]`); lengths stay.
+
+        What is stored carries no gradient. Raises CapacityError, UsageError for another number of rows.
+        """
+        if not len(k) == len(v) == len(self.rows):
+            raise UsageError(f"keys of {len(k)} rows came for a cache of {len(self.rows)}", "give one row each")
         count, starts = k.shape[2], self.starts(start)
         self.check_room(starts, count)
         keys, values = self.pool.layers[index]
@@ -147,15 +154,27 @@ class KVCache:
 
     def export(self, row: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
         """Copies of k and v `[Hkv, end - start, D]` of every layer of a row: for a prefix cache or a disk."""
-        slot = self.rows[row]
+        slot, length = self.rows[row], self.lengths[row]
+        if not 0 <= start <= end <= length:
+            raise UsageError(f"tokens {start} to {end} of a cache row of {length} are wanted", "stay within its length")
         return [(k[slot, :, start:end].clone(), v[slot, :, start:end].clone()) for k, v in self.pool.layers]
 
     def load(self, row: int, start: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Write back what `export` gave, from position `start`, and set the row's length to its end."""
         count = layers[0][0].shape[1]
+        if not 0 <= start <= self.lengths[row]:
+            raise UsageError(f"a cache row of {self.lengths[row]} tokens cannot go on at {start}", "leave no gap")
         self.check_room([start], count)
         slot = self.rows[row]
         for (keys, values), (k, v) in zip(self.pool.layers, layers, strict=True):
             keys[slot, :, start : start + count] = k
             values[slot, :, start : start + count] = v
         self.lengths[row] = start + count
+
+
+def start_positions(start: int | Tensor, rows: int) -> list[int]:
+    """A first position a row, from one for all or a tensor `[rows]`. Raises UsageError for another number of them."""
+    starts = [int(start)] * rows if isinstance(start, int) or start.dim() == 0 else [int(s) for s in start]
+    if len(starts) != rows:
+        raise UsageError(f"{len(starts)} start positions came for {rows} rows", "give one, or one a row")
+    return starts
