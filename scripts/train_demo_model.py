@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -182,15 +184,18 @@ def schedule(done: float) -> float:
 
 
 def train(state: State, encoder: Encoder, args: argparse.Namespace) -> None:
-    """Train until --samples are seen or --minutes are over, and save."""
+    """Train until --samples are seen, --minutes are over, or a signal comes; and save."""
     features: list[Tensor] = []
     state.model.vision_tower.register_forward_hook(lambda _module, _inputs, out: features.append(out))  # type: ignore[union-attr]
     state.model.config.tune_vision_tower = state.model.config.tune_mm_projector = True
     state.model.train()
     log = (args.run / "log.jsonl").open("a")
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
     started, average = time.monotonic(), None
     for step, samples in enumerate(batches(state.seen, args.batch), 1):
-        if state.seen >= args.samples or time.monotonic() - started > args.minutes * 60:
+        if stopped.is_set() or state.seen >= args.samples or time.monotonic() - started > args.minutes * 60:
             break
         features.clear()
         loss, dense = losses(state, encoder, samples, features, args)

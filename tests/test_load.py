@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
+from same import assert_same
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -29,12 +30,12 @@ from transformers import (
 )
 
 from make_tiny_model import make_tiny_model
-from tinychat import load
+from tinychat import load, planner
 from tinychat.checkpoint import HARMLESS, rename
 from tinychat.core import Progress
 from tinychat.errors import CapacityError, FormatError, ModelError, UsageError
 from tinychat.layers.linear import QuantLinear
-from tinychat.load import load_model, resolve
+from tinychat.load import Placement, assemble, load_model, open_source, resolve
 
 TEXT = {
     "vocab_size": 64,
@@ -463,3 +464,21 @@ def test_only_the_files_needed_are_fetched_and_pickles_last(tmp_path, monkeypatc
     (tmp_path / "llm" / "model.safetensors").touch()
     resolve("owner/name", "v1")
     assert len(asked) == 1
+
+
+def test_dequantized_weights_say_the_same_and_are_planned_for(tmp_path: Path):
+    folder = make_tiny_model(tmp_path, quantize=32)
+    packed = load_model(folder, device="cpu")
+    source = open_source(folder)
+    floats = assemble(source, Placement(device="cpu", dequantize=True))
+    assert not any(isinstance(module, QuantLinear) for module in floats.modules())
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert_same(floats(input_ids=tokens).logits, packed(input_ids=tokens).logits)
+    held = sum(tensor.nbytes for tensor in floats.state_dict().values())
+    assert planner.weights_bytes(source.index, floats.dtype, dequantize=True) == held
+
+
+def test_dequantize_excludes_a_device_map():
+    with pytest.raises(UsageError, match="both dequantize and device_map"):
+        Placement(device_map="auto", dequantize=True)

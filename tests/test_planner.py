@@ -15,7 +15,7 @@ from tinychat import planner
 from tinychat.config import VilaConfig
 from tinychat.errors import CapacityError
 from tinychat.layers.kv_cache import KVPool
-from tinychat.load import load_model, open_source, plan
+from tinychat.load import Placement, load_model, open_source, plan
 from tinychat.planner import check, free_bytes, kv_bytes, weights_bytes
 
 LLAMA_7B = {
@@ -123,7 +123,7 @@ def test_a_cuda_context_is_counted():
 
 def test_small_figures_are_not_rounded_to_nothing(tmp_path):
     source = open_source(make_tiny_model(tmp_path, "vila"))
-    found = plan(source, 512, device="cpu")
+    found = plan(source, 512, Placement(device="cpu"))
     assert "0.0 " not in found.sentence
     assert found.fits
 
@@ -132,7 +132,7 @@ def test_plan_of_a_folder_raises_before_loading(tmp_path, monkeypatch):
     source = open_source(make_tiny_model(tmp_path, "vila"))
     monkeypatch.setattr(planner, "free_bytes", lambda device: 2**20)
     with pytest.raises(CapacityError, match=r"GiB are needed \(weights 0\.001, 512 tokens of context "):
-        plan(source, 512, device="cpu")
+        plan(source, 512, Placement(device="cpu"))
 
 
 # what is free

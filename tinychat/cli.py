@@ -209,7 +209,7 @@ def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:
     source = load.open_source(load.resolve(flags.model, flags.revision))
     context = flags.context or min(source.config.text.max_position_embeddings, CONTEXT)
     if flags.device_map is None:
-        load.plan(source, context, placement.dtype, placement.device)
+        load.plan(source, context, placement)
     started = time.perf_counter()
     processor = Processor.from_folder(source.folder, source.config, flags.template)
     with _progress(plain) as report:
@@ -233,7 +233,8 @@ def _placement(flags: ModelFlags) -> Placement:
         raise UsageError(
             f"torch finds {count} CUDA devices, not {device}", "see `tinychat doctor`, or give --device cpu"
         )
-    return Placement(DTYPES.get(flags.dtype, flags.dtype), device, flags.device_map, parse_max_memory(flags.max_memory))
+    dtype, memory = DTYPES.get(flags.dtype, flags.dtype), parse_max_memory(flags.max_memory)
+    return Placement(dtype, device, flags.device_map, memory, flags.dequantize)
 
 
 @contextmanager

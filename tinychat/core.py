@@ -6,6 +6,7 @@ Chat, one-shot questions, batch jobs and tests all speak in these types.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -82,6 +83,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        _check("temperature", self.temperature, self.temperature < math.inf, "finite")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")

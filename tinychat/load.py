@@ -82,7 +82,7 @@ def load(
     source = open_source(resolve(model_id, revision))
     placement = Placement(dtype, device, device_map, max_memory)
     if context is not None and device_map is None:
-        plan(source, context, dtype, device)
+        plan(source, context, placement)
     model = assemble(source, placement, progress)
     return model, Processor.from_folder(source.folder, source.config)
 
@@ -125,8 +125,11 @@ class Placement:
     device: str | torch.device | None = None
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
+    dequantize: bool = False
 
     def __post_init__(self) -> None:
+        if self.dequantize and self.device_map is not None:
+            raise UsageError("both dequantize and device_map are given", "give one of the two")
         if self.device is not None and self.device_map is not None:
             raise UsageError("both device and device_map are given", "give one of the two")
         if self.max_memory is not None and self.device_map is None:
@@ -161,20 +164,30 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
     if placement.device_map is not None:
         device_map = _device_map(model, placement.device_map, placement.max_memory, dtype)
     checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, _reporter(progress))
+    if placement.dequantize:
+        dequantize(model, dtype)
     model.eval()
     return _dispatched(model, device_map) if device_map else model
 
 
-def plan(source: Source, context: int, dtype: Dtype = None, device: str | torch.device | None = None) -> Plan:
+def plan(source: Source, context: int, placement: Placement) -> Plan:
     """Whether the model and a context of so many tokens fit. Raises CapacityError where they do not."""
     from tinychat import planner
 
-    where = default_device() if device is None else torch.device(device)
-    kind = choose_dtype(source, dtype, where)
-    held = planner.weights_bytes(source.index, kind)
-    return planner.check(
-        source.config, context, weights_bytes=held, dtype=kind, device=where, quantized=source.spec is not None
-    )
+    where = default_device() if placement.device is None else torch.device(placement.device)
+    kind = choose_dtype(source, placement.dtype, where)
+    held = planner.weights_bytes(source.index, kind, placement.dequantize)
+    packed = source.spec is not None and not placement.dequantize
+    return planner.check(source.config, context, weights_bytes=held, dtype=kind, device=where, quantized=packed)
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn 4-bit linears into float ones, in place, one at a time: faster where there is no 4-bit kernel."""
+    from tinychat.layers.linear import QuantLinear
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, module.to_linear(dtype))
 
 
 def empty_model(config: VilaConfig, dtype: torch.dtype, spec: QuantSpec | None = None) -> VilaLlamaForCausalLM:

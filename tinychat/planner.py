@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tinychat_kernels.ref import SLICE
 GIB = 2**30
 CHUNK = 512  # tokens of a prefill chunk
 PACKED = (".qweight", ".qzeros", ".scales")  # stay as on disk
+WEIGHTS_A_WORD = 8
 MARGIN = 0.05  # of the rest, for what is not counted below
 CUDA_CONTEXT = 400 * 2**20  # the driver's context and the kernels
 CPU_WORKSPACE = 128 * 2**20  # imported libraries and the allocator's slack, as measured
@@ -74,8 +76,14 @@ def check(
     return plan
 
 
-def weights_bytes(index: Index, dtype: torch.dtype) -> int:
-    """Bytes of a checkpoint's tensors once loaded: floats in `dtype`, packed weights and scales as on disk."""
+def weights_bytes(index: Index, dtype: torch.dtype, dequantize: bool = False) -> int:
+    """Bytes of a checkpoint's tensors once loaded: floats in `dtype`, packed weights and scales as on disk.
+
+    With `dequantize` the packed weights become floats as well, and their scales and zeros go.
+    """
+    if dequantize:
+        words = sum(math.prod(index.shape(name)) for name in index.names() if name.endswith(".qweight"))
+        return float_bytes(index, dtype) + words * WEIGHTS_A_WORD * dtype.itemsize
     return float_bytes(index, dtype) + sum(index.entry(name).nbytes for name in index.names() if _stays(index, name))
 
 
