@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from tinychat.errors import FormatError, ModelError
@@ -313,9 +314,15 @@ def _from_llava_hf(raw: Json) -> Json:
         "bias": raw.get("multimodal_projector_bias", True),
     }
     fields["image_token_id"] = raw.get("image_token_index", raw.get("image_token_id", 32000))
-    fields["mm_vision_select_layer"] = raw.get("vision_feature_layer", -2)
+    fields["mm_vision_select_layer"] = _single_layer(raw.get("vision_feature_layer", -2))
     fields["mm_vision_select_feature"] = "patch" if strategy == "default" else "cls_patch"
     return {**fields, "layout": "llava_hf"}
+
+
+def _single_layer(layer: object) -> int:
+    if not isinstance(layer, int):
+        raise ModelError(f"vision_feature_layer is {layer}", "models that take one layer's features are supported")
+    return layer
 
 
 def _from_text(raw: Json) -> Json:
@@ -332,7 +339,11 @@ def _foreign(part: str, cfg: Json) -> PretrainedConfig:
         raise ModelError(f"the {part} config has the unknown model_type {model_type!r}", "check its config.json")
     fields = {key: value for key, value in cfg.items() if key not in ("model_type", "quantization_config")}
     fields = copy.deepcopy(fields)  # transformers writes into the dicts that it is given
-    return CONFIG_MAPPING[model_type](**fields)
+    try:
+        return CONFIG_MAPPING[model_type](**fields)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ModelError(f"the {part} config of type {model_type!r} is wrong: {reason}", "check config.json") from error
 
 
 def _vision_part(cfg: Json) -> Json:
