@@ -21,7 +21,6 @@ V = 61
 WARPERS = [
     *[(ours.scale, hf.TemperatureLogitsWarper, value) for value in (0.1, 0.7, 1.0, 3.0)],
     *[(ours.keep_top_k, hf.TopKLogitsWarper, value) for value in (1, 5, V, V + 100)],
-    *[(ours.keep_top_p, hf.TopPLogitsWarper, value) for value in (1e-6, 0.3, 0.9, 0.999)],
     *[(ours.keep_min_p, hf.MinPLogitsWarper, value) for value in (0.0, 0.05, 0.5, 1.0)],
     *[(ours.keep_typical, hf.TypicalLogitsWarper, value) for value in (1e-6, 0.3, 0.9, 0.999)],
 ]
@@ -46,6 +45,26 @@ def test_warper_is_transformers_own(warp, theirs, value, seed):
     for row, expected_row in zip(scores, expected, strict=True):
         assert torch.equal(warp(row, value), expected_row)
     assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("p", [1e-20, 1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("seed", range(3))
+def test_top_p_is_transformers_own_but_for_the_choice_among_ties(p, seed):
+    scores = rows(seed)
+    expected, actual = hf.TopPLogitsWarper(p)(None, scores), ours.keep_top_p(scores, p)
+    assert torch.equal(actual[:-1], expected[:-1])
+    assert torch.equal(actual[-1].sort().values, expected[-1].sort().values)
+    assert torch.equal(ours.keep_top_p(scores[0], p), expected[0])
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.1, 4), st.integers(0, 9))
+@settings(deadline=None, max_examples=50)
+def test_top_p_keeps_the_fewest_tokens_that_suffice(p, spread, seed):
+    scores = torch.randn(5000, generator=torch.Generator().manual_seed(seed)) * spread
+    probs, kept = scores.double().softmax(-1), ours.keep_top_p(scores, p).isfinite()
+    assert probs[kept].sum() >= p - 1e-5
+    assert probs[kept].sum() - probs[kept].min() <= p + 1e-5
+    assert kept.all() or probs[~kept].max() <= probs[kept].min()
 
 
 @given(st.lists(st.integers(0, V + 5), max_size=30), st.sampled_from([0.5, 1.3, 2.0]), st.integers(0, 3))
@@ -151,6 +170,13 @@ def test_draws_follow_the_distribution():
     counts = torch.bincount(torch.tensor(drawn), minlength=6) / 4000
     assert torch.allclose(counts, probs, atol=0.03)
     assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_distribution_are_tokens_that_can_be_drawn(monkeypatch, number, token):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(number, dtype=torch.float64))
+    logits = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log()
+    assert make_sampler(SamplingParams(temperature=1.0, seed=0), [], "cpu")(logits, [])[0] == token
 
 
 @pytest.mark.parametrize("seed", [0, 17, 2**64 - 1])

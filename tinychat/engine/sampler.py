@@ -57,10 +57,13 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
     """Keeps the fewest tokens whose probabilities add up to p (Holtzman et al. 2020); one at least."""
-    ascending, order = scores.sort()
-    unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    unlikely[..., -1] = False
-    return _drop(scores, unlikely.scatter(-1, order, unlikely))
+    probs = scores.softmax(-1)
+    # Tokens this unlikely do not add up to 1 - p even all together: they are out, and only the others need sorting.
+    count = int((probs > (1 - p) / scores.shape[-1]).sum(-1).amax())
+    likeliest, ids = probs.topk(max(count, 1))
+    above = likeliest.cumsum(-1) - likeliest
+    unlikely = torch.ones_like(probs, dtype=torch.bool).scatter(-1, ids, above >= p)
+    return _drop(scores, unlikely)
 
 
 def keep_min_p(scores: Tensor, p: float) -> Tensor:
@@ -77,7 +80,6 @@ def keep_typical(scores: Tensor, mass: float) -> Tensor:
     cumulative = scores.gather(-1, order).softmax(-1).cumsum(-1)
     last = (cumulative < mass).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     atypical = distance > distance.gather(-1, last)
-    atypical[..., 0] = False
     return _drop(scores, atypical.scatter(-1, order, atypical))
 
 
