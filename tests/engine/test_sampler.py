@@ -76,6 +76,11 @@ def test_repetition_penalty_is_transformers_own(ids, penalty, seed):
     assert torch.equal(ours.penalize_repetition(scores, seen, penalty), expected)
 
 
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_smallest_top_p_keeps_one_of_equals(size):
+    assert ours.keep_top_p(torch.zeros(size), 1e-20).isfinite().sum() == 1
+
+
 def test_top_k_keeps_ties():
     kept = ours.keep_top_k(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]), 2)
     assert kept.isfinite().tolist() == [False, True, True, True, False]
