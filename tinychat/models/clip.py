@@ -9,7 +9,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tinychat.config import VisionConfig
-from tinychat.errors import ModelError
+from tinychat.errors import ModelError, UsageError
 from tinychat.layers.attention import attend
 from tinychat.layers.parallel import WeightSource, column_linear, fill, replicated, row_linear
 
@@ -129,7 +129,10 @@ class CLIPVisionTransformer(nn.Module):
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         return self.encoder(x, self.encoder.depth(select_layer))
 
-    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """Raises UsageError without pixels."""
+        if pixel_values is None:
+            raise UsageError("pixel_values is None", "give pixels [N, 3, H, W]")
         hidden = self.hidden_state(pixel_values)
         pooled = self.post_layernorm(hidden[:, 0])
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)

@@ -67,7 +67,7 @@ def _layers(config: ProjectorConfig) -> list[nn.Module]:
         return []
     if config.type == "linear":
         return [nn.Linear(config.mm_hidden_size, config.hidden_size, bias=config.bias)]
-    if match := re.fullmatch(r"mlp(\d+)x_gelu", config.type):
+    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", config.type):
         return _mlp(config, int(match[1]))
     if config.type in _DOWNSAMPLE_WIDTHS:
         return _downsample(config)

@@ -7,6 +7,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tinychat.config import VisionConfig
+from tinychat.errors import UsageError
 from tinychat.layers.parallel import WeightSource, replicated
 from tinychat.models.clip import CLIPEncoder, check_pixels, layer_norm
 
@@ -46,5 +47,8 @@ class SiglipVisionTransformer(nn.Module):
         """hidden_states[select_layer] `[N, patches, D]`, before the last norm; layers beyond it are not run."""
         return self.encoder(self.embeddings(pixel_values), self.encoder.depth(select_layer))
 
-    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """Raises UsageError without pixels."""
+        if pixel_values is None:
+            raise UsageError("pixel_values is None", "give pixels [N, 3, H, W]")
         return BaseModelOutputWithPooling(last_hidden_state=self.post_layernorm(self.hidden_state(pixel_values)))
