@@ -42,7 +42,8 @@ columns.
 def export(model: VilaLlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, trained: str, n: int) -> None:
     """Write `out`/model, `out`/samples and the card; the scores are printed as they come."""
     sixteen = out / ".sixteen-bit"
-    model = copy.deepcopy(model).cpu().eval().to(dtype=torch.float16)
+    model = copy.deepcopy(model).eval()
+    torch.nn.Module.to(model, device="cpu", dtype=torch.float16)
     count = sum(parameter.numel() for parameter in model.parameters())
     write(model, tokenizer, sixteen)
     quantized = sum(p.numel() for name, p in model.llm.model.layers.named_parameters() if "_proj" in name)

@@ -91,8 +91,9 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
         names = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-        self.user, self.assistant, self.system, self.end = tokenizer.convert_tokens_to_ids(list(names))
+        self.user, self.assistant, self.system, self.end = (vocabulary[name] for name in names)
 
     def text(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -163,7 +164,8 @@ class State:
 
 def new_state(tokenizer: PreTrainedTokenizerFast, device: str) -> State:
     torch.manual_seed(0)
-    model = VilaLlamaForCausalLM(demo_config(len(tokenizer))).to(device)
+    model = VilaLlamaForCausalLM(demo_config(len(tokenizer)))
+    nn.Module.to(model, device)
     assert model.config.vision is not None
     dense = DenseHeads(model.config.vision.hidden_size).to(device)
     parts = [*model.named_parameters(), *dense.named_parameters()]

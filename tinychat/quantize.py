@@ -36,7 +36,7 @@ def quantize_to_nearest(
             spec.check(linear.in_features, linear.out_features)
         except LayoutError as error:
             raise ModelError(f"{name} cannot be quantized: {error}", "choose another group size") from error
-    model.to(dtype=scales)
+    nn.Module.to(model, dtype=scales)
     for done, layer in enumerate(layers, 1):
         for name, linear in _linears(layer):
             try:

@@ -7,72 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pexpect
-import pyte
 import pytest
 from PIL import Image as pillow
+from terminal.pseudo import CTRL_C, CTRL_D, ENTER, TAB, Terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 SCRIPT = Path(__file__).with_name("chat_script.py")
-PATIENCE = 30
-ENTER, CTRL_C, CTRL_D, TAB = "\r", "\x03", "\x04", "\t"
-
-
-class Terminal:
-    """A chat in a pseudo-terminal of 70 x 24, its screen, and answers to what it asks of the terminal."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.screen = pyte.Screen(70, 24)
-        self._stream = pyte.Stream(self.screen)
-        environment = {"TERM": "xterm-256color", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(folder)}
-        self.child = pexpect.spawn(
-            sys.executable,
-            [str(SCRIPT), *arguments],
-            env={**environment, "TINYCHAT_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"},
-            cwd=str(folder),
-            dimensions=(24, 70),
-            encoding="utf-8",
-        )
-        self.screen.write_process_input = self.child.send  # the reply to a question for the cursor's position
-
-    def type(self, keys: str) -> None:
-        self.child.send(keys)
-
-    def wait(self, condition: Callable[[str], bool]) -> str:
-        """The screen as text, as soon as the condition holds."""
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            if condition(self.text()):
-                return self.text()
-            self._read()
-        raise AssertionError(f"not in time; the screen is:\n{self.text()}")
-
-    def see(self, text: str) -> str:
-        return self.wait(lambda shown: text in shown)
-
-    def ready(self) -> str:
-        """Wait for an empty prompt under the last output."""
-        return self.wait(lambda shown: shown.endswith(">"))
-
-    def ends_with(self) -> int | None:
-        """The exit code, once the chat has ended."""
-        end = time.monotonic() + PATIENCE
-        while self.child.isalive() and time.monotonic() < end:
-            self._read()
-        self.child.close()
-        return self.child.exitstatus
-
-    def text(self) -> str:
-        return "\n".join(line.rstrip() for line in self.screen.display).strip()
-
-    def _read(self) -> None:
-        try:
-            self._stream.feed(self.child.read_nonblocking(4096, timeout=0.1))
-        except pexpect.TIMEOUT:
-            pass
-        except pexpect.EOF:
-            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -80,7 +21,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     started: list[Terminal] = []
 
     def open_terminal(*arguments: str) -> Terminal:
-        started.append(Terminal(tmp_path, *arguments))
+        started.append(Terminal(tmp_path, sys.executable, str(SCRIPT), *arguments))
         started[-1].ready()
         return started[-1]
 

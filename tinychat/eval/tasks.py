@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from PIL import Image as Pictures
 
 from tinychat.core import Event, Failed, Finished, Image, Message, Request, StoppingParams, Text
@@ -83,7 +84,7 @@ def messages(sample: Sample, at: int) -> tuple[Message, ...]:
     return tuple(out)
 
 
-def png(picture: object) -> bytes:
+def png(picture: np.ndarray) -> bytes:
     """A uint8 array `[H, W, 3]` as the bytes of a PNG."""
     file = io.BytesIO()
     Pictures.fromarray(picture).save(file, "PNG")
