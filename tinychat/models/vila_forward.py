@@ -61,6 +61,7 @@ class ForwardArgs:
             (chunks and self.labels is not None, "labels with chunk_prefilling", "train without chunks"),
             (chunks and wants_more, "states or attentions with chunk_prefilling", "run without chunks"),
             (chunks and self.position_ids is not None, "position_ids with chunk_prefilling", "leave them out"),
+            (images and self.position_ids is not None, "position_ids with images", "leave them out, or fuse first"),
         ):
             if wrong:
                 raise UsageError(f"forward cannot work with {message} like this", remedy)
@@ -85,16 +86,22 @@ class Forward:
         self.args = args
 
     def run(self) -> CausalLMOutputWithPast:
-        """Everything in order."""
+        """Everything in order. A forward that writes a cache records no gradients."""
         tokens = self._tokens()
         cache = self._cache(len(tokens.embeds), tokens.embeds.shape[1])
         starts = [0] * len(tokens.embeds) if cache is None else self._starts(cache)
-        if self.args.chunk_prefilling:
-            assert cache is not None
-            return CausalLMOutputWithPast(logits=self._prefill(tokens, cache, starts), past_key_values=cache)  # type: ignore[arg-type]
+        self._check_past(starts, tokens.embeds.shape[1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            if self.args.chunk_prefilling:
+                assert cache is not None
+                return CausalLMOutputWithPast(logits=self._prefill(tokens, cache, starts), past_key_values=cache)  # type: ignore[arg-type]
+            return self._all(tokens, cache, starts)
+
+    def _all(self, tokens: Tokens, cache: KVCache | None, starts: list[int]) -> CausalLMOutputWithPast:
+        """Logits, loss, states and attentions of every token."""
         out = self._decode(tokens, cache, starts)
         logits = self.model.llm.logits(out.hidden)
-        loss = None if tokens.labels is None else shifted_loss(logits, tokens.labels)
+        loss = None if tokens.labels is None else shifted_loss(logits, tokens.labels, tokens.mask)
         if tokens.mask is not None:
             logits = logits * tokens.mask[..., None]
         return CausalLMOutputWithPast(
@@ -108,19 +115,30 @@ class Forward:
     def _tokens(self) -> Tokens:
         args, model = self.args, self.model
         if args.inputs_embeds is not None:
-            return Tokens(args.inputs_embeds, self._mask(args.inputs_embeds), args.position_ids, args.labels)
+            return Tokens(args.inputs_embeds, self._mask(args.inputs_embeds), self._positions(), args.labels)
         assert args.input_ids is not None
         self._check_placeholders(args.input_ids)
+        mask = self._mask(args.input_ids)
         if args.images is None:
-            embeds = model.embed_text(args.input_ids)
-            return Tokens(embeds, self._mask(embeds), args.position_ids, args.labels)
-        batch = model.fuse(args.input_ids, args.attention_mask, args.labels, args.images)
-        mask = None if bool(batch.mask.all()) else batch.mask
-        positions = batch.position_ids if args.position_ids is not None else None
-        return Tokens(batch.embeds, mask, positions, batch.labels if args.labels is not None else None)
+            return Tokens(model.embed_text(args.input_ids), mask, self._positions(), args.labels)
+        batch = model.fuse(args.input_ids, mask, args.labels, args.images)
+        padding = None if bool(batch.mask.all()) else batch.mask
+        return Tokens(batch.embeds, padding, None, batch.labels if args.labels is not None else None)
+
+    def _positions(self) -> Tensor | None:
+        """position_ids `[B, T]`, or `[1, T]` for all rows."""
+        given, tokens = self.args.position_ids, self.args.input_ids
+        tokens = self.args.inputs_embeds if tokens is None else tokens
+        if given is not None and tokens is not None and given.shape not in (tokens.shape[:2], (1, tokens.shape[1])):
+            raise UsageError(
+                f"position_ids have shape {list(given.shape)}, the tokens {list(tokens.shape[:2])}", "give one a token"
+            )
+        return given
 
     def _check_placeholders(self, ids: Tensor) -> None:
         count = int((ids == IMAGE_TOKEN_INDEX).sum())
+        if not ids.numel():
+            raise UsageError(f"input_ids have shape {list(ids.shape)}", "give at least one token")
         if self.args.special_token and not count:
             raise UsageError(
                 "special_token=True, but input_ids hold no image placeholder",
@@ -129,18 +147,31 @@ class Forward:
         if count and self.args.images is None:
             raise UsageError(f"the ids hold {count} image placeholders, 0 images came", "pass images")
 
-    def _mask(self, embeds: Tensor) -> Tensor | None:
-        """The mask of the new tokens; one that covers the past as well is cut."""
+    def _mask(self, tokens: Tensor) -> Tensor | None:
+        """The mask of the new tokens (ids or embeddings); one that covers the past as well is cut."""
         given = self.args.attention_mask
         if given is None:
             return None
-        mask = given[:, -embeds.shape[1] :].bool()
-        if tuple(mask.shape) != tuple(embeds.shape[:2]):
+        mask = given[:, -tokens.shape[1] :].bool()
+        if tuple(mask.shape) != tuple(tokens.shape[:2]):
             raise UsageError(
-                f"attention_mask has shape {list(given.shape)}, the tokens {list(embeds.shape[:2])}",
+                f"attention_mask has shape {list(given.shape)}, the tokens {list(tokens.shape[:2])}",
                 "give a mask of the tokens' shape, or of past and new tokens together",
             )
         return None if bool(mask.all()) else mask
+
+    def _check_past(self, starts: list[int], count: int) -> None:
+        """What a wide mask says of the past must be what the cache holds: kept tokens cannot be masked any more."""
+        given, tokens = self.args.attention_mask, self.args.input_ids
+        width = count if tokens is None else tokens.shape[1]
+        if given is None or given.shape[1] == width:
+            return
+        kept = given[:, :-width].bool().sum(1).tolist()
+        if kept != starts:
+            raise UsageError(
+                f"attention_mask keeps {kept} past tokens a row, the cache holds {starts}",
+                "give a mask of the new tokens' shape, or the past's own mask and the new tokens' together",
+            )
 
     def _cache(self, rows: int, count: int) -> KVCache | None:
         args = self.args
@@ -177,9 +208,14 @@ class Forward:
         args, mask = self.args, tokens.mask
         order = None if mask is None else justify(mask)
         embeds, positions = tokens.embeds, tokens.position_ids
-        if order is not None:
+        if order is not None and mask is not None:
             embeds = gather(embeds, order)
-            positions = None if positions is None else gather(positions.expand(len(embeds), -1), order)
+            if positions is None:  # padding repeats the last position: the length seen must not grow with it
+                counted = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+                places = torch.arange(mask.shape[1], device=mask.device).minimum(counted)
+                positions = torch.tensor(starts, device=mask.device)[:, None] + places
+            else:
+                positions = gather(positions.expand(len(embeds), -1), order)
         out = self.model.llm.model(embeds, starts, cache, positions, args.output_hidden_states, args.output_attentions)
         if cache is not None:
             cache.advance(embeds.shape[1] if mask is None else mask.sum(1).tolist())
@@ -197,8 +233,14 @@ def _restore(out: DecoderOutput, order: Tensor, mask: Tensor) -> DecoderOutput:
     return DecoderOutput(unjustify(out.hidden, order, mask), states, attentions)
 
 
-def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each next token, IGNORE_INDEX left out; logits `[B, T, V]`, labels `[B, T]`."""
+def shifted_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of each next token; logits `[B, T, V]`, labels and mask `[B, T]`.
+
+    IGNORE_INDEX is left out, and so are masked tokens, as targets and as those that predict.
+    """
     if labels.shape != logits.shape[:2]:
         raise UsageError(f"labels have shape {list(labels.shape)}, logits {list(logits.shape)}", "give one a token")
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+    targets = labels[:, 1:]
+    if mask is not None:
+        targets = targets.masked_fill(~(mask[:, 1:] & mask[:, :-1]), IGNORE_INDEX)
+    return cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
