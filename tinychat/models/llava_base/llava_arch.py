@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tinychat.config import ProjectorConfig, VilaConfig, VisionConfig
+from tinychat.checkpoint import Index, Weights, rename
+from tinychat.config import ProjectorConfig, VilaConfig, VisionConfig, read_json
 from tinychat.errors import ModelError, UsageError
 from tinychat.models import vila_fusion
 from tinychat.models.projector import Projector
@@ -50,18 +51,19 @@ class LlavaMetaModel:
     def initialize_vision_modules(self, model_args: Any, fsdp: Any = None) -> None:
         """Set up tower and projector for training from LLaVA's model_args (any object with these attributes).
 
-        mm_vision_tower (a VisionConfig or a dict as in a tower's config.json), mm_projector_type,
+        mm_vision_tower (a folder, whose weights are taken, or a config for an empty tower), mm_projector_type,
         mm_vision_select_layer, mm_vision_select_feature, pretrain_mm_mlp_adapter (a projector's weights). With `fsdp`
         (a non-empty sequence) the tower is hidden from FSDP in a list. What exists already is kept, only unfrozen.
         """
         self._note_vision_args(model_args)
+        vision, projector = self.config.vision, self.config.projector
+        if vision is None or projector is None:
+            raise UsageError("model_args name no vision tower", "set mm_vision_tower to a tower's config")
+        like = next(self.parameters()) if isinstance(self, nn.Module) else torch.empty(0)
         if self.get_vision_tower() is None:
-            self.build_vision(self.config.vision, None)
+            self.vision_tower = VisionTower(vision, _tower_weights(model_args)).to(like.device, like.dtype)
         if self.mm_projector is None:
-            projector = self.config.projector
-            if projector is None:
-                raise UsageError("model_args name no vision tower", "set mm_vision_tower to a tower's config")
-            self.mm_projector = Projector(projector)
+            self.mm_projector = Projector(projector).to(like.device, like.dtype)
         self.mm_projector.requires_grad_(True)
         if fsdp:
             tower = self.get_vision_tower()
@@ -74,19 +76,21 @@ class LlavaMetaModel:
         config = self.config
         tower = getattr(model_args, "mm_vision_tower", None)
         if tower is not None and config.vision_tower_cfg is None:
-            config.vision_tower_cfg = tower if isinstance(tower, dict) else tower.to_dict()
+            config.vision_tower_cfg = _tower_config(tower)
         for name in ("mm_vision_select_layer", "mm_vision_select_feature", "mm_use_im_start_end"):
             if (value := getattr(model_args, name, None)) is not None:
                 setattr(config, name, value)
-        if config.mm_projector_cfg is None:
+        if config.mm_projector_cfg is None and config.vision_tower_cfg is not None:
             config.mm_projector_cfg = {"mm_projector_type": getattr(model_args, "mm_projector_type", "linear")}
 
     def load_projector(self, path: Path) -> None:
         """Fill the projector from an adapter file (weights_only); names are taken from after `mm_projector.`."""
         assert self.mm_projector is not None
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        named = {key.partition("mm_projector.")[2]: value for key, value in state.items() if "mm_projector." in key}
-        named = {key if key.startswith("layers.") else f"layers.{key}": value for key, value in named.items()}
+        state = _read_adapter(path)
+        ours = {
+            rename(key[key.index("mm_projector.") :], "llava"): t for key, t in state.items() if "mm_projector." in key
+        }
+        named = {key.removeprefix("mm_projector."): tensor for key, tensor in ours.items()}
         wanted = self.mm_projector.state_dict()
         if named.keys() != wanted.keys():
             raise ModelError(f"{path} holds {sorted(named)}, the projector has {sorted(wanted)}", "give a fitting one")
@@ -123,6 +127,8 @@ class LlavaMetaForCausalLM(ABC):
             raise ModelError("this model reads text only", "choose a vision-language model to ask about pictures")
         if isinstance(images, Tensor) and images.dim() == 4:
             return model.mm_projector(tower(images)), [1] * len(images)
+        if not len(images):
+            return self.get_input_embeddings().weight.new_zeros(0, 0, model.mm_projector.config.hidden_size), []  # type: ignore[attr-defined]
         groups = [image[None] if image.dim() == 3 else image for image in images]
         return model.mm_projector(tower(torch.cat(groups))), [len(group) for group in groups]
 
@@ -160,6 +166,7 @@ class LlavaMetaForCausalLM(ABC):
     ) -> vila_fusion.Batch:
         """ids `[B, T]` with placeholders, and pictures -> one padded batch of embeddings; see the method above."""
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        _check_shapes(input_ids, attention_mask=keep, labels=labels)
         targets = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
         features, counts = self._encode(images)
         placeholders = int((input_ids[keep] == IMAGE_TOKEN_INDEX).sum())
@@ -175,28 +182,79 @@ class LlavaMetaForCausalLM(ABC):
         """Add LLaVA's picture tokens to tokenizer and embeddings; new rows are the mean of the old ones.
 
         mm_use_im_patch_token adds <im_patch>, mm_use_im_start_end adds <im_start> and <im_end>; with
-        pretrain_mm_mlp_adapter the latter two rows are read from that file (`model.embed_tokens.weight`).
+        pretrain_mm_mlp_adapter the latter two rows are read from that file (`model.embed_tokens.weight`). With
+        tune_mm_mlp_adapter the head is frozen, and the embeddings are trained only where tokens were to be added.
         """
+        marks = getattr(model_args, "mm_use_im_start_end", False)
+        if getattr(model_args, "tune_mm_mlp_adapter", False):
+            self._train_tables(bool(marks))
         if getattr(model_args, "mm_use_im_patch_token", False):
             self._add_tokens(tokenizer, [IMAGE_PATCH_TOKEN])
-        if getattr(model_args, "mm_use_im_start_end", False):
+        if marks:
             added = self._add_tokens(tokenizer, [IMAGE_START_TOKEN, IMAGE_END_TOKEN])
             if added and (adapter := getattr(model_args, "pretrain_mm_mlp_adapter", None)):
                 self._copy_token_rows(Path(adapter), added)
 
-    def _add_tokens(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> int:
-        added = tokenizer.add_tokens(tokens, special_tokens=True)
-        self.resize_token_embeddings(len(tokenizer))  # type: ignore[attr-defined]  # every PreTrainedModel has it
-        return added
+    @torch.no_grad()
+    def _add_tokens(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
+        """The ids of the tokens that are new. Their rows become the mean of the tokenizer's old ones.
+
+        A vocabulary that is padded beyond the tokenizer is not cut.
+        """
+        known = len(tokenizer)
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        ids = list(range(known, len(tokenizer)))
+        tables: list[Tensor] = [self.get_input_embeddings().weight]  # type: ignore[attr-defined]
+        if len(tokenizer) > len(tables[0]):
+            self.resize_token_embeddings(len(tokenizer))  # type: ignore[attr-defined]
+        tables = [self.get_input_embeddings().weight, self.get_output_embeddings().weight]  # type: ignore[attr-defined]
+        for table in tables:
+            table[ids] = table[:known].mean(0)
+        return ids
+
+    def _train_tables(self, embeddings: bool) -> None:
+        self.get_output_embeddings().requires_grad_(False)  # type: ignore[attr-defined]
+        self.get_input_embeddings().requires_grad_(embeddings)  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def _copy_token_rows(self, path: Path, count: int) -> None:
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        rows = state["model.embed_tokens.weight"]
+    def _copy_token_rows(self, path: Path, ids: list[int]) -> None:
+        state = _read_adapter(path)
+        remedy = "give an adapter that was trained with this model"
+        if (rows := state.get("model.embed_tokens.weight")) is None:
+            raise ModelError(f"{path} holds no model.embed_tokens.weight", remedy)
         table: Tensor = self.get_input_embeddings().weight  # type: ignore[attr-defined]
-        if rows.shape[1] != table.shape[1] or len(rows) not in (count, len(table)):
-            raise ModelError(
-                f"{path} holds embeddings {list(rows.shape)}, the model has {list(table.shape)} and {count} new rows",
-                "give an adapter that was trained with this model",
-            )
-        table[-count:] = rows[-count:].to(table.dtype)
+        if rows.shape[1] != table.shape[1] or len(rows) < len(ids):
+            shapes = f"{list(rows.shape)}, the model has {list(table.shape)} and {len(ids)} new rows"
+            raise ModelError(f"{path} holds embeddings {shapes}", remedy)
+        table[ids] = rows[-len(ids) :].to(table)
+
+
+def _tower_config(tower: Any) -> dict[str, Any]:
+    """From a dict, a transformers config, or a folder. Raises UsageError for anything else."""
+    if isinstance(tower, dict):
+        return dict(tower)
+    if isinstance(tower, (str, Path)):
+        return read_json(Path(tower) / "config.json")
+    if not hasattr(tower, "to_dict"):
+        raise UsageError(f"mm_vision_tower is a {type(tower).__name__}", "give a config, a dict or a folder")
+    return tower.to_dict()
+
+
+def _tower_weights(model_args: Any) -> Weights | None:
+    tower = getattr(model_args, "mm_vision_tower", None)
+    if not isinstance(tower, (str, Path)):
+        return None
+    return Weights(Index.of(("vision_tower.", Path(tower))).renamed("vila"), "vision_tower")
+
+
+def _read_adapter(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}", "give the adapter's file, often mm_projector.bin")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
+    """Raise UsageError where a mask or labels do not have the ids' shape."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise UsageError(f"{name} has shape {list(tensor.shape)}, the ids {list(input_ids.shape)}", "give one each")
