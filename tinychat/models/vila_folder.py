@@ -22,7 +22,7 @@ def save_folder(model: VilaLlamaForCausalLM, folder: Path) -> None:
     """Write config and weights; a tokenizer and an image processor are the caller's to add."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, key in PARTS.items():
-        module = getattr(model, name)
+        module = model.get_vision_tower() if name == "vision_tower" else getattr(model, name)
         if isinstance(module, nn.Module):
             write_safetensors(_tensors(module), folder / name)
             _write_json(folder / name / "config.json", _part_config(model.config, key))
@@ -49,7 +49,7 @@ def _part_config(config: VilaConfig, key: str) -> dict[str, Any]:
 
 def _root_config(model: VilaLlamaForCausalLM) -> dict[str, Any]:
     kept = {name: value for name, value in model.config.to_diff_dict().items() if name not in PARTS.values()}
-    kept |= {key: name for name, key in PARTS.items() if isinstance(getattr(model, name), nn.Module)}
+    kept |= {key: name for name, key in PARTS.items() if getattr(model, name) is not None}
     kept |= {"layout": "vila", "architectures": ["VilaLlamaForCausalLM"], "model_type": "vila_llama"}
     return {**kept, "model_dtype": str(model.dtype)}
 

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinychat.config import VilaConfig
 from tinychat.errors import ModelError, UsageError
-from tinychat.layers.kv_cache import KVCache, KVPool
+from tinychat.layers.kv_cache import KVCache, KVPool, start_positions
 from tinychat.models import vila_fusion
 from tinychat.models.llama import LlamaForCausalLM
 from tinychat.models.llava_base.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
@@ -68,8 +68,8 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         """While training, keep the parts that are not tuned in eval mode (config.tune_vision_tower, _mm_projector)."""
         if not self.training:
             return
-        for part, tuned in ((self.vision_tower, "tune_vision_tower"), (self.mm_projector, "tune_mm_projector")):
-            if isinstance(part, nn.Module) and not getattr(self.config, tuned):
+        for part, tuned in ((self.get_vision_tower(), "tune_vision_tower"), (self.mm_projector, "tune_mm_projector")):
+            if part is not None and not getattr(self.config, tuned):
                 part.eval()
 
     def forward(  # noqa: PLR0913  # the signature is llm-awq's
@@ -111,8 +111,11 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         """ids `[T]`, slots (start, end) and their picture features `[n, D]` -> embeddings `[1, T, D]`."""
         return vila_fusion.fill_slots(self.embed_text(ids), slots, features)[None]
 
+    @torch.no_grad()
     def prefill(self, embeds: Tensor, cache: KVCache, start: int | Tensor, chunk: int = CHUNK) -> Tensor:
         """embeds `[B, T, D]` written from position `start` in chunks -> logits of the last token `[B, 1, V]`."""
+        if not embeds.shape[1]:
+            raise UsageError("a row has no tokens to prefill", "give at least one token a row")
         starts = cache.starts(start)
         cache.check_room(starts, embeds.shape[1])
         hidden = embeds
@@ -125,6 +128,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         """The newest token of each row `[B, 1]` -> logits `[B, 1, V]`, appended to the cache."""
         return self.verify(ids, cache)
 
+    @torch.no_grad()
     def verify(self, ids: Tensor, cache: KVCache) -> Tensor:
         """K tokens a row `[B, K]` appended to the cache -> logits after each `[B, K, V]`."""
         return self.llm.logits(self._step(self.embed_text(ids), cache, list(cache.lengths)))
@@ -145,8 +149,8 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
 
     def owned_cache(self, rows: int, start: int | Tensor) -> KVCache:
         """The model's own cache, emptied where start is 0. Raises UsageError where it holds too little."""
-        starts = [start] * rows if isinstance(start, int) else [int(s) for s in start]
-        if not any(starts) and (self._owned is None or len(self._owned) != rows):
+        starts = start_positions(start, rows)
+        if not any(starts) and not self._owns(rows):
             self._owned = self.make_cache(rows)
         if self._owned is None or len(self._owned) != rows:
             raise UsageError(f"there is no cache of {rows} rows to continue from {starts}", "prefill with start_pos=0")
@@ -156,6 +160,13 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
                 "continue at the filled length; rows of unequal length take start_pos=torch.tensor([...])",
             )
         return self._owned
+
+    def _owns(self, rows: int) -> bool:
+        """Whether the owned cache has so many rows, and the dtype and device that the model has now."""
+        if self._owned is None or len(self._owned) != rows:
+            return False
+        keys = self._owned.layer(0).k
+        return keys.dtype == self.dtype and keys.device == self.device
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_owned": None}
@@ -177,9 +188,21 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         return self.llm.lm_head
 
     @torch.no_grad()
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Embedding:
-        """Grow or shrink the vocabulary; new rows of embeddings and head are the mean of the old ones."""
-        if new_num_tokens is None or new_num_tokens == self.llm.config.vocab_size:
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Grow or shrink the vocabulary; new rows of embeddings and head are the mean of the old ones.
+
+        Raises UsageError for mean_resizing=False.
+        """
+        if not mean_resizing:
+            raise UsageError("new embeddings are the mean of the old ones", "leave mean_resizing out")
+        new_num_tokens = new_num_tokens or self.llm.config.vocab_size
+        new_num_tokens += -new_num_tokens % (pad_to_multiple_of or 1)
+        if new_num_tokens == self.llm.config.vocab_size:
             return self.get_input_embeddings()
         assert self.config.llm_cfg is not None
         self.config.llm_cfg["vocab_size"] = new_num_tokens
@@ -191,7 +214,8 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             keep = min(len(was.weight), new_num_tokens)
             new.weight[:keep] = was.weight[:keep]
             new.weight[keep:] = was.weight.mean(0)
-        old.config, old.model.embed_tokens, old.lm_head = new_text, table, head
+        old.config = old.model.config = new_text
+        old.model.embed_tokens, old.lm_head = table, head
         old.tie_weights()
         return table
 
