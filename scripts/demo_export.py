@@ -17,6 +17,22 @@ from tinychat.load import load
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat.quantize import quantize_to_nearest
 
+SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+PREPROCESSOR: dict[str, object] = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": SIDE,
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": SIDE,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_convert_rgb": True,
+}
+
 CARD = """# The tinychat demo model
 
 A toy, made so that `tinychat` can be tried, tested and measured without a download. It knows generated pictures of
@@ -71,22 +87,7 @@ def write(model: VilaLlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
     tokenizer.save_pretrained(folder / "llm")
     end = tokenizer.eos_token_id
     _json(folder / "llm" / "generation_config.json", {"eos_token_id": end, "pad_token_id": tokenizer.pad_token_id})
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": side,
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": side,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "do_convert_rgb": True,
-    }
-    _json(folder / "vision_tower" / "preprocessor_config.json", processor)
+    _json(folder / "vision_tower" / "preprocessor_config.json", PREPROCESSOR)
 
 
 def scored(folder: Path, per_task: int) -> list[TaskScore]:

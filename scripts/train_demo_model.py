@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -191,7 +190,6 @@ def train(state: State, encoder: Encoder, args: argparse.Namespace) -> None:
     state.model.vision_tower.register_forward_hook(lambda _module, _inputs, out: features.append(out))  # type: ignore[union-attr]
     state.model.config.tune_vision_tower = state.model.config.tune_mm_projector = True
     state.model.train()
-    log = (args.run / "log.jsonl").open("a")
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -207,7 +205,8 @@ def train(state: State, encoder: Encoder, args: argparse.Namespace) -> None:
         average = now if average is None else 0.98 * average + 0.02 * now
         if step % 50 == 0:
             speed = step * args.batch / (time.monotonic() - started)
-            note(log, seen=state.seen, loss=float(average[0]), dense=float(average[1]), samples_per_s=speed)
+            loss, dense = average.tolist()
+            note(args.run / "log.jsonl", seen=state.seen, loss=loss, dense=dense, samples_per_s=speed)
         if step % 500 == 0:
             state.save(args.run / "checkpoint.pt")
     state.save(args.run / "checkpoint.pt")
@@ -257,11 +256,11 @@ def step_optimizers(state: State, loss: Tensor, share: float) -> None:
         optimizer.step()
 
 
-def note(log: Any, **values: float) -> None:
+def note(log: Path, **values: float) -> None:
     line = json.dumps({name: round(value, 4) for name, value in values.items()})
     print(line, flush=True)
-    log.write(line + "\n")
-    log.flush()
+    with log.open("a") as file:
+        file.write(line + "\n")
 
 
 def arguments() -> argparse.Namespace:
