@@ -214,6 +214,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             keep = min(len(was.weight), new_num_tokens)
             new.weight[:keep] = was.weight[:keep]
             new.weight[keep:] = was.weight.mean(0)
+            new.requires_grad_(was.weight.requires_grad)
         old.config = old.model.config = new_text
         old.model.embed_tokens, old.lm_head = table, head
         old.tie_weights()
