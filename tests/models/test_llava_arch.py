@@ -1,4 +1,4 @@
-"""The base classes: the seed's usage, the 6-tuple, and setting up vision modules and picture tokens for training."""
+"""The base classes: documented usage, the 6-tuple, and setting up vision modules and picture tokens for training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat.models.vision_tower import VisionTower
 
 HERE = IMAGE_TOKEN_INDEX
-SEED = {  # the documents' own text, `self` left out
+DOCUMENTED = {  # `self` left out
     (LlavaMetaModel, "__init__"): "(config)",
     (LlavaMetaModel, "get_vision_tower"): "()",
     (LlavaMetaModel, "initialize_vision_modules"): "(model_args, fsdp=None)",
@@ -39,9 +39,9 @@ SEED = {  # the documents' own text, `self` left out
 }
 
 
-@pytest.mark.parametrize(("owner", "name"), SEED)
+@pytest.mark.parametrize(("owner", "name"), DOCUMENTED)
 def test_signatures_are_the_documents(owner: type, name: str) -> None:
-    assert bare(getattr(owner, name)) == SEED[owner, name]
+    assert bare(getattr(owner, name)) == DOCUMENTED[owner, name]
 
 
 def test_the_abstract_method_must_be_given() -> None:
@@ -198,7 +198,8 @@ def test_rows_are_cut_to_the_models_length() -> None:
     _, ours = llava_pair()
     ours.config.tokenizer_model_max_length = 10
     tokens = with_pictures([5, HERE, 6], [7, 8, 9])
-    embeds, labels = prepare(ours, tokens, pixels(1), labels=tokens)[4:]
+    with pytest.warns(UserWarning, match="a row of 18 tokens is cut to tokenizer_model_max_length = 10"):
+        embeds, labels = prepare(ours, tokens, pixels(1), labels=tokens)[4:]
     assert embeds.shape == (2, 10, 64) and labels[0].tolist() == [5, *[IGNORE_INDEX] * 9]
 
 

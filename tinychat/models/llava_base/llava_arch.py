@@ -5,6 +5,7 @@ Signatures follow LLaVA's and llm-awq's `llava_arch`; the fusion itself is in ti
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,8 @@ class LlavaMetaForCausalLM(ABC):
         """Ids with IMAGE_TOKEN_INDEX and pictures -> (None, position_ids, attention_mask, past, embeds, labels).
 
         Without pictures, or for one token after a prefill, the inputs come back as they are with embeds None. What
-        was None stays None, but for a mask where rows of unequal length had to be padded. Rows are cut to
-        config.tokenizer_model_max_length and padded on config.tokenizer_padding_side; picture and padding positions
+        was None stays None, but for a mask where rows of unequal length had to be padded. Rows are cut, with a warning,
+        to config.tokenizer_model_max_length and padded on config.tokenizer_padding_side; picture and padding positions
         have the label IGNORE_INDEX. Raises UsageError where placeholders and pictures differ in number.
         """
         if images is None or input_ids is None or (input_ids.shape[1] == 1 and past_key_values is not None):
@@ -176,7 +177,10 @@ class LlavaMetaForCausalLM(ABC):
             vila_fusion.fuse_row(input_ids[i][keep[i]], targets[i][keep[i]], text[i][keep[i]], blocks)
             for i in range(len(input_ids))
         ]
-        return vila_fusion.pad_rows(rows, self.config.tokenizer_model_max_length, self.config.tokenizer_padding_side)
+        limit, longest = self.config.tokenizer_model_max_length, max(len(row.labels) for row in rows)
+        if limit is not None and longest > limit:
+            warnings.warn(f"a row of {longest} tokens is cut to tokenizer_model_max_length = {limit}", stacklevel=3)
+        return vila_fusion.pad_rows(rows, limit, self.config.tokenizer_padding_side)
 
     def initialize_vision_tokenizer(self, model_args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """Add LLaVA's picture tokens to tokenizer and embeddings; new rows are the mean of the old ones.
