@@ -24,6 +24,8 @@ from tinychat import __version__, cli, doctor
 from tinychat.core import Failed, Image, Message, Request, SamplingParams, StoppingParams, Text
 from tinychat.errors import CapacityError, FormatError, MediaError, ModelError, TinychatError, UsageError
 from tinychat.flags import ModelFlags
+from tinychat_kernels import registry
+from tinychat_kernels.errors import KernelError, LayoutError
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -156,6 +158,16 @@ def test_a_bug_says_so_and_shows_its_trace_when_asked(run: Run, monkeypatch: pyt
 def test_a_missing_library_is_named(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cli, "open_model", raises(ModuleNotFoundError("No module named 'torch'", name="torch")))
     assert run("ask", "hi") == (1, "", "error: torch is not installed; install it: pip install torch\n")
+
+
+def test_what_the_kernels_refuse_is_the_model_s(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    for error in (
+        KernelError("no backend has an op 'x': see `tinychat doctor`"),
+        LayoutError("no backend has an op 'x'"),
+    ):
+        monkeypatch.setattr(cli, "open_model", raises(error))
+        assert run("ask", "hi") == (3, "", "error: no backend has an op 'x'; see `tinychat doctor`\n")
 
 
 def test_an_interrupted_run_ends_with_130(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -301,6 +313,16 @@ def test_what_cannot_work_is_refused_before_the_weights_are_read(
     found, out, err = run("ask", "hi", "-m", model, *flags)
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert sentence in err
+
+
+def test_an_unknown_backend_is_a_wrong_call(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    packed = str(make_tiny_model(tmp_path, "text", quantize=32))
+    monkeypatch.setenv("TINYCHAT_BACKEND", "warp\x1b")
+    code, out, err = run("ask", "hi", "-m", packed)
+    known = ", ".join(registry.ORDER)
+    remedy = "set TINYCHAT_BACKEND to one of them, or to nothing"
+    assert (code, out) == (2, "")
+    assert err == f"error: there is no backend 'warp\\x1b'; known are {known}; {remedy}\n"
 
 
 def test_a_prompt_that_does_not_fit_says_so(run: Run, model: str):

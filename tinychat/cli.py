@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinychat import __version__
-from tinychat.errors import TinychatError, UsageError
+from tinychat.errors import ModelError, TinychatError, UsageError
 from tinychat.flags import (
     VERBOSE,
     AskFlags,
@@ -323,9 +323,21 @@ def _as_ours(error: BaseException) -> TinychatError | None:
         return error
     if isinstance(error, BadUsage):
         return _bad_usage(error)
+    if (kernels := sys.modules.get("tinychat_kernels.errors")) and isinstance(error, kernels.KernelError):
+        return _kernel_error(error)
     if isinstance(error, ModuleNotFoundError):
         return TinychatError(f"{error.name} is not installed", f"install it: pip install {error.name}")
     return None
+
+
+def _kernel_error(error: Exception) -> TinychatError:
+    """A kernel's error in our form: the user's where TINYCHAT_BACKEND names no backend, else the model's."""
+    from tinychat_kernels import registry
+
+    message = str(error).partition(": see ")[0]
+    if (os.environ.get("TINYCHAT_BACKEND") or registry.ORDER[0]) not in registry.ORDER:
+        return UsageError(message, "set TINYCHAT_BACKEND to one of them, or to nothing")
+    return ModelError(message, "see `tinychat doctor`")
 
 
 def _bad_usage(error: Any) -> UsageError:
