@@ -370,6 +370,30 @@ def test_bench_prints_a_table_or_an_object(run: Run, engine: Engine):
     assert (code, json.loads(out)["images"]) == (0, 1)
 
 
+HOSTILE = "a\x1b]0;owned\x07\nb\u202e"  # a window title, a forged line and a turn to the left
+TAMED = "a]0;owned b"
+
+
+def test_a_model_s_name_cannot_steer_the_terminal(run: Run, engine: Engine):
+    code, out, _ = run("bench", "-m", HOSTILE, "--prompt-tokens", "20", "--rounds", "1")
+    assert (code, out.partition(",")[0]) == (0, TAMED)
+
+
+def test_a_variable_cannot_steer_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TINYCHAT_HOME", str(tmp_path / HOSTILE))
+    _, out, _ = run("doctor")
+    assert f"\n  TINYCHAT_HOME={tmp_path / TAMED}\n" in out
+    assert f"\n  home {tmp_path / TAMED} (not made yet)\n" in out
+    assert out.replace("\n", "").isprintable()
+
+
+def test_a_trace_cannot_steer_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "open_model", raises(ModelError(HOSTILE, "take another")))
+    err = run("ask", "hi", "--verbose")[2]
+    assert err.startswith("Traceback") and "a]0;owned" in err
+    assert err.replace("\n", "").isprintable()
+
+
 def test_doctor_prints_text_or_an_object(run: Run):
     code, out, err = run("doctor")
     assert (code, err) == (0, "")

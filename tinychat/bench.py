@@ -193,10 +193,12 @@ def _number(value: float) -> str:
 
 
 def headline(found: Json) -> str:
-    """What was measured, in one line."""
+    """What was measured, in one line; a model's name may be a path with anything in it."""
+    from tinychat.terminal.clean import clean_line
+
     if "startup" in found:
         return f"tinychat {found['versions']['tinychat']}, {found['rounds']} rounds, seconds"
-    return (
+    return clean_line(
         f"{found['model']}, {found['dtype']} on {found['device']}, {found['threads']} threads, {found['cpu']}; "
         f"{found['prompt_tokens']} prompt tokens ({found['image_tokens']} of {found['images']} pictures), "
         f"{found['new_tokens']} new tokens, {found['rounds']} rounds"

@@ -153,10 +153,10 @@ def bench(flags: BenchFlags, model: ModelFlags) -> int:
     if flags.json:
         typer.echo(json.dumps(found))
     else:
-        typer.echo(benching.headline(found))
+        _say(benching.headline(found))
         _draw_table(benching.rows(found))
         if foot := benching.foot(found):
-            typer.echo(foot)
+            _say(foot)
     return 0
 
 
@@ -188,7 +188,7 @@ def doctor(flags: DoctorFlags) -> int:
     if flags.clear:
         _note(f"deleted {doctoring.size(doctoring.clear_cache())}")
     found = doctoring.cache() if flags.cache else doctoring.report()
-    typer.echo(json.dumps(found) if flags.json else doctoring.to_text(found))
+    _say(json.dumps(found) if flags.json else doctoring.to_text(found))
     return 0
 
 
@@ -271,6 +271,13 @@ def _draw_table(rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
+def _say(text: str, err: bool = False) -> None:
+    """Text for people, cleaned of what a terminal would obey; names and paths in it are cleaned as lines before."""
+    from tinychat.terminal.clean import clean
+
+    typer.echo(clean(text), err=err)
+
+
 def _note(text: str) -> None:
     """One line on stderr, cleaned of what a terminal would obey."""
     from tinychat.terminal.clean import clean_line
@@ -308,7 +315,7 @@ def _end(error: BaseException, verbose: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
         return BROKEN_PIPE
     if verbose:
-        traceback.print_exception(error)
+        _say("".join(traceback.format_exception(error)).rstrip(), err=True)
     known = _as_ours(error)
     _note(f"error: {known}" if known else f"tinychat hit a bug: {type(error).__name__}: {error}; {BUG_REMEDY}")
     return known.exit_code if known else 1

@@ -254,9 +254,13 @@ def size(count: int) -> str:
 
 
 def to_text(found: Mapping[str, Any]) -> str:
-    """The report as plain text, one block for each part."""
+    """The report as plain text, one block for each part; each line is cleaned: paths and variables hold anything."""
+    from tinychat.terminal.clean import clean_line
+
     blocks = [(title, lines(found[part])) for part, (title, lines) in BLOCKS.items() if part in found]
-    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines or ["none"])]) for title, lines in blocks)
+    return "\n\n".join(
+        "\n".join([title, *(f"  {clean_line(line)}" for line in lines or ["none"])]) for title, lines in blocks
+    )
 
 
 def _version_lines(found: Json) -> list[str]:
