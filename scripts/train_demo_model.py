@@ -4,7 +4,7 @@
     scripts/train_demo_model.py --run runs/demo --samples 150000 --minutes 60   # stops cleanly; the same call resumes
     scripts/train_demo_model.py --run runs/demo --export tinychat/assets/demo
 
-The learning rate rises over the first 1 % of --samples, stays, and falls to nothing over the last 45 %. Matrices are
+The learning rate rises over the first 1 % of --samples, stays, and falls to nothing over the last 75 %. Matrices are
 trained with Muon, everything else with AdamW. Two losses: the next token of every answer, and, on the vision tower's
 features, what covers each patch (shape or character, colour, centre), which generated pictures give for free.
 """
@@ -181,7 +181,7 @@ def new_state(tokenizer: PreTrainedTokenizerFast, device: str) -> State:
 
 def schedule(done: float) -> float:
     """The share of the peak learning rate after `done` (0 to 1) of the training."""
-    return min(1.0, done / 0.01, (1.0 - done) / 0.45)
+    return min(1.0, done / 0.01, (1.0 - done) / 0.75)
 
 
 def train(state: State, encoder: Encoder, args: argparse.Namespace) -> None:

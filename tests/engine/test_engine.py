@@ -227,6 +227,37 @@ def test_cancel_keeps_what_was_said(loaded: Loaded, after: int) -> None:
     assert following.token_ids == finish(ask(engine_of(loaded), user("go on"), said(end), user("and now?"))).token_ids
 
 
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("chunks", [2, 3, 5])
+def test_a_picture_that_was_half_read_is_gone_on_with(
+    loaded: Loaded, pictures: list[Image], chunks: int, other: bool
+) -> None:
+    """Cancelled inside the picture's slot: what follows takes the rows that are missing, or another picture's."""
+    engine, read = engine_of(loaded, chunk=5), 0
+    for event in engine.run([Request("r", (user("what?", pictures[0]),), stopping=SHORT)]):
+        read += isinstance(event, Progress) and event.stage == "prefill"
+        if read == chunks:
+            engine.cancel()
+    assert engine.cached_tokens == 5 * chunks
+    again = pictures[1] if other else pictures[0]
+    end = finish(ask(engine, user("what?", again)))
+    assert end.token_ids == finish(ask(engine_of(loaded), user("what?", again))).token_ids
+    assert end.usage.cached_tokens == 5 * chunks or other
+
+
+def test_a_cancel_before_the_first_event_counts(loaded: Loaded) -> None:
+    engine = engine_of(loaded)
+    stream = engine.run([Request(name, (user("go on"),), stopping=SHORT) for name in "ab"])
+    engine.cancel()
+    ends = [event for event in stream if isinstance(event, Finished)]
+    assert [end.finish_reason for end in ends] == ["cancelled", "length"]
+
+
+def test_picture_time_is_that_of_pictures(loaded: Loaded, pictures: list[Image]) -> None:
+    assert finish(ask(engine_of(loaded), user("no picture"))).timings.image_s == 0
+    assert finish(ask(engine_of(loaded), user("one", pictures[0]))).timings.image_s > 0
+
+
 def test_closing_the_stream_leaves_a_usable_engine(loaded: Loaded) -> None:
     engine = engine_of(loaded)
     stream = engine.run([Request("r", (user("go on"),))])

@@ -45,6 +45,7 @@ def written_out(layer: CausalSelfAttention, x: Tensor, window: int | None) -> Te
 
 def run(layer: CausalSelfAttention, x: Tensor, starts: list[int], cache: KVCache | None, weights: bool = False):
     still = torch.zeros(1, 1, 1, SHAPE.head_dim)
+    still = still.expand(-1, -1, x.shape[1], -1)
     return layer(x, Span(still + 1, still, starts, cache), weights)
 
 

@@ -190,3 +190,13 @@ def test_padded_attentions_after_a_cache(text: VilaLlamaForCausalLM) -> None:
     with pytest.raises(UsageError, match="attentions of padded rows need a start at 0"):
         mask = torch.tensor([[1, 1], [1, 0]])
         text(input_ids=ids(2, 2), attention_mask=mask, start_pos=3, output_attentions=True)
+
+
+@pytest.mark.parametrize("cached", [{"start_pos": 0}, {"use_cache": True}])
+def test_labels_with_a_cache_would_train_nothing(cached: dict[str, object]) -> None:
+    _, ours = text_pair("llama")
+    tokens = ids(1, 6)
+    with pytest.raises(UsageError, match="labels with a cache, which holds no gradients"):
+        ours(input_ids=tokens, labels=tokens, **cached)
+    with torch.no_grad():
+        assert float(ours(input_ids=tokens, labels=tokens, **cached).loss) > 0

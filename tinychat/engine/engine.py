@@ -105,18 +105,23 @@ class Engine:
         self._cancelled.set()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Answer the requests in order. A request that fails yields Failed; the ones after it go on."""
+        """Answer the requests in order. A request that fails yields Failed; the ones after it go on.
+
+        `cancel` counts from this call on, even before the first event is asked for.
+        """
+        self._cancelled.clear()
+        return self._run(requests)
+
+    def _run(self, requests: Iterable[Request]) -> Iterator[Event]:
         for request in requests:
-            self._cancelled.clear()
             try:
                 yield from self._answer(request)
             except TinychatError as error:
                 yield Failed(request.id, error.message, error.remedy, error.exit_code)
+            self._cancelled.clear()
 
     def _answer(self, request: Request) -> Iterator[Event]:
-        clock = Clock()
-        with clock.stage("image"):
-            prompt = self.processor(request)
+        clock, prompt = Clock(), self.processor(request)
         answer = Answer(self._stopping(request, self._room(prompt)))
         cached = self._reuse(prompt)
         sampler = make_sampler(request.sampling, _text_ids(prompt), self.model.device)
@@ -186,8 +191,9 @@ class Engine:
         """Fill the cache with the rest of the prompt, chunk by chunk -> the last logits `[V]`, None if cancelled."""
         if features is None:
             return None
-        cache, keys, logits = self._open_cache(), prompt.keys(), None
+        keys, logits = prompt.keys(), None
         with clock.stage("prefill"), running():
+            cache = self._open_cache()
             embeds = embed_rest(self.model, prompt, cache.lengths[0], features)
         pieces: tuple[Tensor, ...] = torch.split(embeds, self.chunk, dim=1)
         for piece in pieces:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from tinychat.layers.kv_cache import KVCache
 from tinychat.layers.rotary import rotate
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """Where a forward's tokens stand: rotary tables, each row's start, and the cache that holds what came before.
 
     cos and sin `[B, 1, T, D]`; `starts[i]` is the first position that row i writes (0 without a cache).
@@ -22,6 +24,23 @@ class Span(NamedTuple):
     sin: Tensor
     starts: list[int]
     cache: KVCache | None
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Tokens a row."""
+        return self.cos.shape[2]
+
+    @property
+    def length(self) -> int:
+        """Keys that the longest row has to look at."""
+        return max(self.starts) + self.count
+
+    def mask(self, window: int | None) -> Tensor:
+        """The causal mask of a window, made once for all layers."""
+        if window not in self._masks:
+            self._masks[window] = causal_mask(self.starts, self.count, self.length, window, self.cos.device)
+        return self._masks[window]
 
 
 class DecoderShape(Protocol):
@@ -89,25 +108,22 @@ class CausalSelfAttention(nn.Module):
         rows, count = x.shape[:2]
         q, k, v = (self._heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, span.cos, span.sin), rotate(k, span.cos, span.sin)
-        length = max(span.starts) + count
         if span.cache is not None:
-            span.cache.write(self.layer, k, v, torch.tensor(span.starts))
-            k, v = span.cache.view(self.layer, length)
-        out, weights = self._attend(q, k, v, span.starts, want_weights)
+            span.cache.write(self.layer, k, v, span.starts)
+            k, v = span.cache.view(self.layer, span.length)
+        out, weights = self._attend(q, k, v, span, want_weights)
         return self.o_proj(out.transpose(1, 2).reshape(rows, count, -1)), weights
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, starts: list[int], want_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        count, length = q.shape[2], k.shape[2]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, want_weights: bool) -> tuple[Tensor, Tensor | None]:
+        window = self.window if self.window is not None and self.window < span.length else None
         if want_weights:
-            return attend_with_weights(q, k, v, causal_mask(starts, count, length, self.window, q.device))
-        if self.window is None or length <= self.window:
-            if count == 1 and len(set(starts)) == 1:
+            return attend_with_weights(q, k, v, span.mask(window))
+        if window is None:
+            if span.count == 1 and len(set(span.starts)) == 1:
                 return attend(q, k, v, None), None
-            if count == length:
+            if span.count == span.length:
                 return attend(q, k, v, None, causal=True), None
-        return attend(q, k, v, causal_mask(starts, count, length, self.window, q.device)), None
+        return attend(q, k, v, span.mask(window)), None
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -90,8 +90,8 @@ class KVCache:
         k, v = self.pool.layers[index]
         return LayerView(k, v, self.rows)
 
-    def starts(self, start: int | Tensor) -> list[int]:
-        """A start position a row, from one for all or a tensor `[B]`."""
+    def starts(self, start: int | Tensor | Sequence[int]) -> list[int]:
+        """A start position a row, from one for all, a tensor `[B]` or a list."""
         return start_positions(start, len(self.rows))
 
     def check_room(self, starts: Sequence[int], count: int) -> None:
@@ -104,7 +104,7 @@ class KVCache:
             )
 
     @torch.no_grad()
-    def write(self, index: int, k: Tensor, v: Tensor, start: int | Tensor) -> None:
+    def write(self, index: int, k: Tensor, v: Tensor, start: int | Tensor | Sequence[int]) -> None:
         """Store k and v `[B, Hkv, T, D]` of layer `index` from position `start` (one, or `[B]`); lengths stay.
 
         What is stored carries no gradient. Raises CapacityError, UsageError for another number of rows.
@@ -172,9 +172,11 @@ class KVCache:
         self.lengths[row] = start + count
 
 
-def start_positions(start: int | Tensor, rows: int) -> list[int]:
-    """A first position a row, from one for all or a tensor `[rows]`. Raises UsageError for another number of them."""
-    starts = [int(start)] * rows if isinstance(start, int) or start.dim() == 0 else [int(s) for s in start]
+def start_positions(start: int | Tensor | Sequence[int], rows: int) -> list[int]:
+    """A first position a row, from one for all or one each. Raises UsageError for another number of them."""
+    if isinstance(start, Tensor):
+        start = start.tolist()
+    starts = [start] * rows if isinstance(start, int) else list(start)
     if len(starts) != rows:
         raise UsageError(f"{len(starts)} start positions came for {rows} rows", "give one, or one a row")
     return starts

@@ -61,6 +61,11 @@ class ForwardArgs:
             (chunks and self.labels is not None, "labels with chunk_prefilling", "train without chunks"),
             (chunks and wants_more, "states or attentions with chunk_prefilling", "run without chunks"),
             (chunks and self.position_ids is not None, "position_ids with chunk_prefilling", "leave them out"),
+            (
+                self.labels is not None and (stateful or bool(self.use_cache)) and torch.is_grad_enabled(),
+                "labels with a cache, which holds no gradients,",
+                "leave out the cache, or work under torch.no_grad",
+            ),
             (images and self.position_ids is not None, "position_ids with images", "leave them out, or fuse first"),
         ):
             if wrong:
