@@ -27,15 +27,18 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture by its encoded bytes or by its path. `digest` (sha256 of the bytes) names its content."""
+    """A picture by its encoded bytes, by its path, or both: then the path only says where the bytes came from.
+
+    `digest` (sha256 of the bytes) names its content.
+    """
 
     data: bytes | None = field(default=None, repr=False)
     path: str | None = None
     digest: str = ""
 
     def __post_init__(self) -> None:
-        if (self.data is None) == (self.path is None):
-            raise UsageError("an image needs either data or a path", "give exactly one of the two")
+        if self.data is None and self.path is None:
+            raise UsageError("an image needs data or a path", "give one of the two")
 
 
 Part = Text | Image

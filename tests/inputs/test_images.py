@@ -16,7 +16,7 @@ from PIL import ImageFile, ImageOps
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from tinychat.core import Image
-from tinychat.errors import MediaError, ModelError
+from tinychat.errors import MediaError, ModelError, UsageError
 from tinychat.inputs import images
 
 
@@ -185,6 +185,23 @@ def test_loaded_pictures_outlive_their_file(tmp_path):
     path.unlink()
     assert loaded.digest == images.digest(loaded) == expected
     assert images.read_image(loaded).size == (3, 3)
+    assert loaded.path == str(path)
+
+
+def test_a_file_that_is_no_longer_the_picture_of_its_digest_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(noise(3, 3)).data)
+    shown = Image(path=str(path), digest=images.digest(Image(path=str(path))))
+    assert images.load_image(shown).data == path.read_bytes()
+    path.write_bytes(encode(noise(4, 4)).data)
+    for read in (images.load_image, images.image_size, images.read_image):
+        with pytest.raises(MediaError, match=r"a\.png has changed since it was shown; show it again"):
+            read(shown)
+
+
+def test_a_picture_needs_bytes_or_a_path():
+    with pytest.raises(UsageError, match="an image needs data or a path"):
+        Image()
 
 
 @given(

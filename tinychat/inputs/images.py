@@ -56,7 +56,7 @@ def load_image(image: Image) -> Image:
     if image.data is not None and image.digest:
         return image
     data = _read_bytes(image)
-    return Image(data=data, digest=hashlib.sha256(data).hexdigest())
+    return Image(data=data, path=image.path, digest=hashlib.sha256(data).hexdigest())
 
 
 def digest(image: Image) -> str:
@@ -115,6 +115,10 @@ def _name(image: Image) -> str:
 def _read_bytes(image: Image) -> bytes:
     if image.data is None:
         data = _read_file(Path(image.path or ""))
+        if image.digest and hashlib.sha256(data).hexdigest() != image.digest:
+            raise MediaError(
+                f"{_name(image)} has changed since it was shown", "show it again, or bring the old one back"
+            )
     else:
         _check_bytes(len(image.data), _name(image))
         data = image.data
