@@ -15,7 +15,7 @@ from scripted_engine import ScriptedEngine
 from make_tiny_model import make_tiny_model
 from tinychat.core import Failed, Finished, Image, SamplingParams, StoppingParams, Text, Token
 from tinychat.engine.engine import Engine
-from tinychat.errors import FormatError, TinychatError, UsageError
+from tinychat.errors import FormatError, MediaError, TinychatError, UsageError
 from tinychat.load import load
 from tinychat.session import Session
 from tinychat.store import Store
@@ -49,11 +49,12 @@ def test_a_request_holds_the_whole_conversation_with_pictures_before_the_words()
     list(session.say("And its colour?"))
     second = engine.requests[1]
     assert [message.role for message in second.messages] == ["user", "assistant", "user"]
-    assert second.messages[0].parts == (picture, Text("What is this?"))
+    held = Image(data=b"png", digest=hashlib.sha256(b"png").hexdigest())
+    assert second.messages[0].parts == (held, Text("What is this?"))
     assert second.messages[1].token_ids == session.turns[0].assistant.token_ids
     assert (second.sampling.top_k, second.stopping.max_new_tokens) == (7, 9)
     assert engine.requests[0].id != second.id
-    assert session.images == (picture,)
+    assert session.images == (held,)
 
 
 def test_an_empty_question_is_refused_and_a_picture_alone_is_not() -> None:
@@ -271,6 +272,41 @@ def test_a_picture_that_changed_is_told(talked: Session, tmp_path: Path) -> None
     assert len(warnings) == 1
     assert "cat.png has changed since" in warnings[0]
     assert other.images[0].digest == hashlib.sha256(b"another cat").hexdigest()
+
+
+def test_a_picture_that_became_a_folder_is_told(talked: Session, tmp_path: Path) -> None:
+    talked.save("pets")
+    (tmp_path / "cat.png").unlink()
+    (tmp_path / "cat.png").mkdir()
+    other, (warning,) = reload(talked, "pets")
+    assert "cat.png is a folder); the conversation goes on without it" in warning
+    assert [image.data for image in other.images] == [b"a dog"]
+
+
+@pytest.mark.parametrize("change", ["delete", "overwrite"])
+def test_a_conversation_keeps_the_picture_that_was_asked_about(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "cat.png"
+    path.write_bytes(b"a cat")
+    session = Session(ScriptedEngine(), store=Store(tmp_path / "home"))
+    list(session.say("what?", [Image(path=str(path))]))
+    path.unlink()
+    if change == "overwrite":
+        path.write_bytes(b"a dog")
+    talk(session, "and?")
+    list(session.edit("or?"))
+    held = Image(b"a cat", str(path), hashlib.sha256(b"a cat").hexdigest())
+    assert session.images == (held,)
+    assert [message.images for message in session.engine.requests[-1].messages] == [(held,), (), ()]  # type: ignore[attr-defined]
+    (part, _) = session.to_dict()["messages"][0]["parts"]
+    assert part == {"path": str(path), "digest": held.digest}
+
+
+def test_a_question_about_a_missing_picture_is_refused_and_nothing_is_asked(tmp_path: Path) -> None:
+    session = Session(ScriptedEngine())
+    with pytest.raises(MediaError, match=r"none\.png does not exist"):
+        session.say("what?", [Image(path=str(tmp_path / "none.png"))])
+    talk(session, "and?")
+    assert len(session.turns) == 1
 
 
 def break_roles(data: dict[str, Any]) -> None:

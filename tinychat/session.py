@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinychat.core import Event, Failed, Finished, Image, Message, Part, Request, SamplingParams, StoppingParams, Text
-from tinychat.errors import FormatError, TinychatError, UsageError
+from tinychat.errors import FormatError, MediaError, TinychatError, UsageError
 from tinychat.store import Store
 
 SCHEMA = "tinychat.session/1"
@@ -88,7 +88,10 @@ class Session:
         return self.engine.context
 
     def say(self, text: str, images: Sequence[Image] = ()) -> Iterator[Event]:
-        """Ask, with pictures before the words. Closing the iterator early cancels, and keeps what was said so far."""
+        """Ask, with pictures before the words; they are kept as bytes, so their files may change or go.
+
+        Closing the iterator early cancels, and keeps what was said so far. Raises MediaError for an unreadable file.
+        """
         return self._answer(_question(text, images), self.sampling)
 
     def regenerate(self) -> Iterator[Event]:
@@ -218,7 +221,13 @@ class Session:
 def _question(text: str, images: Sequence[Image]) -> Message:
     if not text and not images:
         raise UsageError("the question is empty", "give a text, a picture, or both")
-    return Message("user", (*images, Text(text)))
+    return Message("user", (*map(_held, images), Text(text)))
+
+
+def _held(image: Image) -> Image:
+    from tinychat.inputs.images import load_image
+
+    return load_image(image)
 
 
 def is_file(target: str | Path) -> bool:
@@ -298,10 +307,9 @@ def _message_data(message: Message) -> dict[str, Any]:
 def _part_data(part: Part) -> dict[str, Any]:
     if isinstance(part, Text):
         return {"text": part.text}
-    if part.data is not None:
-        return {"data": base64.b64encode(part.data).decode(), "digest": part.digest or _digest(part.data)}
-    path = Path(part.path or "").expanduser().absolute()
-    return {"path": str(path), "digest": part.digest or _file_digest(path) or ""}
+    if part.path is not None:
+        return {"path": str(Path(part.path).expanduser().absolute()), "digest": part.digest}
+    return {"data": base64.b64encode(part.data or b"").decode(), "digest": part.digest}
 
 
 def _read_turns(data: Sequence[Mapping[str, Any]], warnings: list[str]) -> tuple[Turn, ...]:
@@ -336,31 +344,19 @@ def _read_embedded(encoded: str, digest: str) -> Image:
 
 
 def _read_linked(path: str, digest: str, warnings: list[str]) -> Part:
-    found = _file_digest(Path(path))
-    if found is None:
-        warnings.append(f"the picture {path} is no longer there; the conversation goes on without it")
+    try:
+        image = _held(Image(path=path))
+    except MediaError as error:
+        gone = "is no longer there" if not Path(path).exists() else f"cannot be read ({error.message})"
+        warnings.append(f"the picture {path} {gone}; the conversation goes on without it")
         return Text("[a picture that is no longer there]\n")
-    if digest and found != digest:
+    if digest and image.digest != digest:
         warnings.append(f"the picture {path} has changed since; the answers so far are about the old one")
-    return Image(path=path, digest=found)
+    return image
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _file_digest(path: Path) -> str | None:
-    """sha256 of a regular file, None where there is none."""
-    digest = hashlib.sha256()
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError:
-        return None
-    return digest.hexdigest()
 
 
 def _text(value: object) -> str:

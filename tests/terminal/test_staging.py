@@ -17,7 +17,10 @@ def test_a_real_picture_is_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     (staged,) = stage([from_path(Path("cat.png"))], inspect)
     assert staged.label(3) == "[image 3: cat.png, 64x48]"
-    assert staged.image == Image(path=str(path), digest=hashlib.sha256(path.read_bytes()).hexdigest())
+    data = path.read_bytes()
+    assert staged.image == Image(data=data, path=str(path), digest=hashlib.sha256(data).hexdigest())
+    path.unlink()
+    assert stage([staged.image], inspect) == (staged,)
 
 
 def test_one_bad_picture_stages_none(tmp_path: Path) -> None:

@@ -26,11 +26,12 @@ class Staged:
 
 
 def inspect(image: Image) -> tuple[Image, int, int]:
-    """The picture with its digest, its width and its height, from its header. Raises MediaError."""
-    from tinychat.inputs.images import digest, image_size
+    """The picture with its bytes and its digest, its width and its height, from its header. Raises MediaError."""
+    from tinychat.inputs.images import image_size, load_image
 
-    height, width = image_size(image)
-    return Image(data=image.data, path=image.path, digest=digest(image)), width, height
+    loaded = load_image(image)
+    height, width = image_size(loaded)
+    return loaded, width, height
 
 
 def stage(images: Sequence[Image], inspect: Inspect) -> tuple[Staged, ...]:
