@@ -347,6 +347,29 @@ def test_what_is_not_supported_is_named(raw: Json, words: str) -> None:
         assert (config.text, config.vision) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
+            "image_aspect_ratio is 'anyres', which is not supported; works: pad, resize, square, or none",
+        ),
+        ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type is 'spatial', which is not supported; works: flat"),
+    ],
+)
+@pytest.mark.parametrize("raw", [VILA, LLAVA])
+def test_pictures_that_are_prepared_in_another_way_are_refused(tmp_path: Path, raw: Json, changes: Json, words: str):
+    write(tmp_path / "config.json", {**raw, **changes})
+    with pytest.raises(ModelError, match=words):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [None, "pad", "resize", "square"])
+def test_ways_to_make_a_picture_square_are_read(tmp_path: Path, mode: str | None):
+    write(tmp_path / "config.json", {**LLAVA, "image_aspect_ratio": mode, "mm_patch_merge_type": "flat"})
+    assert read_config(tmp_path).image_aspect_ratio == mode
+
+
 def test_a_config_without_a_model_is_empty() -> None:
     config = VilaConfig()
     assert config.tokens_per_image == 0 and config.projector is None

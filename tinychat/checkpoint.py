@@ -90,7 +90,6 @@ HARMLESS = re.compile(
     r"|.*\.position_ids"
     r"|vision_tower\.vision_model\.(head|text_model|text_projection|visual_projection)\..*"
     r"|vision_tower\.vision_model\.(logit_scale|logit_bias)"
-    r"|(llm\.)?model\.image_newline"
 )
 
 

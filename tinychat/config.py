@@ -24,6 +24,7 @@ TokenOrder = Literal["row", "column"]
 
 TEXT_FAMILIES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ASPECT_RATIOS = (None, "pad", "resize", "square")  # how a picture becomes the tower's square; None and square: plain
 DOWNSAMPLE = {  # projector type -> side of the block of patches that becomes one token
     "mlp_downsample": 2,
     "mlp_downsample_2x2_fix": 2,
@@ -225,7 +226,18 @@ def read_config(folder: Path) -> VilaConfig:
             raw[key] = {**(raw[key] if isinstance(raw.get(key), dict) else {}), **read_json(part)}
         elif isinstance(raw.get(key), str):
             raw[key] = read_json(folder / raw[key] / "config.json")
-    return VilaConfig(**raw)
+    config = VilaConfig(**raw)
+    _check_pictures(config)
+    return config
+
+
+def _check_pictures(config: VilaConfig) -> None:
+    """Raises ModelError where the model was trained on pictures that are prepared in a way that is not ours."""
+    if (mode := config.image_aspect_ratio) not in ASPECT_RATIOS:
+        works = ", ".join(name for name in ASPECT_RATIOS if name)
+        raise ModelError(f"image_aspect_ratio is {mode!r}, which is not supported", f"works: {works}, or none")
+    if (merge := getattr(config, "mm_patch_merge_type", None)) not in (None, "flat"):
+        raise ModelError(f"mm_patch_merge_type is {merge!r}, which is not supported", "works: flat, or none")
 
 
 def read_json(path: Path) -> Json:
