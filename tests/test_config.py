@@ -364,6 +364,14 @@ def test_pictures_that_are_prepared_in_another_way_are_refused(tmp_path: Path, r
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["mm_use_im_start_end", "mm_use_im_patch_token"])
+def test_marks_around_pictures_are_refused_in_a_folder_and_may_be_set_in_memory(tmp_path: Path, key: str):
+    assert getattr(VilaConfig(**{**LLAVA, key: True}), key)
+    write(tmp_path / "config.json", {**LLAVA, key: True})
+    with pytest.raises(ModelError, match=f"{key} is set: .*; this is not supported yet"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize("mode", [None, "pad", "resize", "square"])
 def test_ways_to_make_a_picture_square_are_read(tmp_path: Path, mode: str | None):
     write(tmp_path / "config.json", {**LLAVA, "image_aspect_ratio": mode, "mm_patch_merge_type": "flat"})

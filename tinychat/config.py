@@ -228,6 +228,7 @@ def read_config(folder: Path) -> VilaConfig:
             raw[key] = read_json(folder / raw[key] / "config.json")
     config = VilaConfig(**raw)
     _check_pictures(config)
+    _check_marks(config)
     return config
 
 
@@ -238,6 +239,13 @@ def _check_pictures(config: VilaConfig) -> None:
         raise ModelError(f"image_aspect_ratio is {mode!r}, which is not supported", f"works: {works}, or none")
     if (merge := getattr(config, "mm_patch_merge_type", None)) not in (None, "flat"):
         raise ModelError(f"mm_patch_merge_type is {merge!r}, which is not supported", "works: flat, or none")
+
+
+def _check_marks(config: VilaConfig) -> None:
+    """Raises ModelError where the model was trained with tokens around its pictures that the prompt does not have."""
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if getattr(config, key):
+            raise ModelError(f"{key} is set: the model expects marks around its pictures", "this is not supported yet")
 
 
 def read_json(path: Path) -> Json:
