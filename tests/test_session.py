@@ -57,6 +57,13 @@ def test_a_request_holds_the_whole_conversation_with_pictures_before_the_words()
     assert session.images == (held,)
 
 
+@pytest.mark.parametrize(("reason", "kept"), [("stop", None), ("eos", (1,)), ("length", (1,)), ("cancelled", (1,))])
+def test_an_answer_that_a_stop_string_ended_is_kept_as_text(reason: Any, kept: tuple[int, ...] | None) -> None:
+    session = Session(ScriptedEngine(["yes"], finish_reason=reason))
+    talk(session, "q")
+    assert (session.messages[-1].text, session.messages[-1].token_ids) == ("yes", kept)
+
+
 def test_an_empty_question_is_refused_and_a_picture_alone_is_not() -> None:
     session = Session(ScriptedEngine())
     with pytest.raises(UsageError, match="the question is empty"):

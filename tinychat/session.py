@@ -202,8 +202,7 @@ class Session:
     def _keep(self, event: Event, before: tuple[Turn, ...], question: Message) -> bool:
         """Take the turn over where the event finishes it with something said; whether the event is the last one."""
         if isinstance(event, Finished) and (event.text or event.finish_reason != "cancelled"):
-            answer = Message("assistant", (Text(event.text),), token_ids=event.token_ids)
-            self.turns, self.last = (*before, Turn(question, answer)), event
+            self.turns, self.last = (*before, Turn(question, _answer_message(event))), event
         return isinstance(event, Finished | Failed)
 
     def _last_turn(self) -> Turn:
@@ -222,6 +221,14 @@ def _question(text: str, images: Sequence[Image]) -> Message:
     if not text and not images:
         raise UsageError("the question is empty", "give a text, a picture, or both")
     return Message("user", (*map(_held, images), Text(text)))
+
+
+def _answer_message(end: Finished) -> Message:
+    """The answer as the next turn sees it: after a stop string its tokens say more than its text, so they are left out.
+
+    The end mark of a template that is no single token is such a string too: the template adds it once more.
+    """
+    return Message("assistant", (Text(end.text),), None if end.finish_reason == "stop" else end.token_ids)
 
 
 def _held(image: Image) -> Image:

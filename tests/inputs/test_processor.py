@@ -152,6 +152,14 @@ def test_a_template_that_drops_an_answer(make, tokenizers, tmp_path):
     assert tokenizers("chatml").decode(prompt.ids) == "r"
 
 
+def test_an_end_mark_that_is_not_one_token_stands_once_where_the_answer_is_text(make, tokenizers):
+    """So a session keeps an answer that a stop string ended: its tokens would bring the mark a second time."""
+    processor = make("chatml", "vicuna_v1")
+    assert processor.stop_strings == ("</s>",)
+    text = tokenizers("chatml").decode(processor(ask(user("q"), answer("yes"), user("r"))).ids)
+    assert text.endswith(" USER: q ASSISTANT: yes</s>USER: r ASSISTANT:")
+
+
 # typed text
 
 
