@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,6 +60,11 @@ def reader() -> Iterator[Callable[[bytes], IO[bytes]]]:
 Reader = Callable[[bytes], IO[bytes]]
 
 
+def gather(words: list[str], images: list[str], stdin: IO[bytes] | None) -> tuple[ask.Query, list[str]]:
+    """As ask.gather; a note fails the test."""
+    return ask.gather(words, images, stdin, pytest.fail)
+
+
 # Which word is what
 
 
@@ -102,31 +109,73 @@ def test_a_picture_is_told_by_its_bytes(kind: str):
 
 
 def test_text_of_a_pipe_follows_the_question(reader: Reader):
-    query, files = ask.gather(["Sum it up."], [], reader(b"First line.\nSecond line.\n"))
+    query, files = gather(["Sum it up."], [], reader(b"First line.\nSecond line.\n"))
     assert (query.question, query.images, files) == ("Sum it up.\n\nFirst line.\nSecond line.", (), [])
 
 
 def test_a_pipe_alone_is_the_question(reader: Reader):
-    assert ask.gather([], [], reader(b"What is two and two?\n"))[0].question == "What is two and two?"
+    assert gather([], [], reader(b"What is two and two?\n"))[0].question == "What is two and two?"
 
 
 def test_a_picture_of_a_pipe_goes_with_the_question(picture: Path):
-    query, files = ask.gather(["What?", "-"], [], io.BytesIO(picture.read_bytes()))
+    query, files = gather(["What?", "-"], [], io.BytesIO(picture.read_bytes()))
     assert (query.images, files) == ((Image(data=picture.read_bytes()),), [])
 
 
 def test_no_question_is_a_wrong_call(picture: Path):
     with pytest.raises(UsageError, match="there is no question; write one"):
-        ask.gather([str(picture)], [], None)
+        gather([str(picture)], [], None)
 
 
 def test_a_terminal_and_a_device_are_not_read():
     with Path(os.devnull).open("rb") as nothing:
-        assert ask.piped(nothing) == b""
+        assert ask.piped(nothing, True, pytest.fail) == b""
     leader, follower = os.openpty()
     with os.fdopen(follower, "rb") as terminal:
-        assert ask.piped(terminal) == b""
+        assert ask.piped(terminal, True, pytest.fail) == b""
     os.close(leader)
+
+
+def test_a_redirected_file_is_read(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("some text")
+    with (tmp_path / "notes.txt").open("rb") as file:
+        assert gather(["Sum up:"], [], file)[0].question == "Sum up:\n\nsome text"
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Both ends of a pipe in which nothing has been written yet."""
+    out, into = os.pipe()
+    with os.fdopen(out, "rb") as reader, os.fdopen(into, "wb") as writer:
+        yield reader, writer
+
+
+def test_a_silent_pipe_is_left_out(silent: tuple[IO[bytes], IO[bytes]], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ask, "PATIENCE", 0.01)
+    notes: list[str] = []
+    query, _ = ask.gather(["What?"], [], silent[0], notes.append)
+    assert query.question == "What?"
+    assert notes == ["nothing came from stdin within 0.01 s, so it is left out; write - to wait for it"]
+
+
+@pytest.mark.parametrize(("words", "notes"), [([], ["waiting for a question on stdin"]), (["-"], [])])
+def test_a_silent_pipe_is_waited_for_where_the_question_is_in_it(
+    silent: tuple[IO[bytes], IO[bytes]], monkeypatch: pytest.MonkeyPatch, words: list[str], notes: list[str]
+):
+    monkeypatch.setattr(ask, "PATIENCE", 0.01)
+    found: list[str] = []
+    reader, writer = silent
+
+    def speak() -> None:
+        time.sleep(0.1)
+        writer.write(b"What is it?")
+        writer.close()
+
+    late = threading.Thread(target=speak)
+    late.start()
+    assert ask.gather(words, [], reader, found.append)[0].question == "What is it?"
+    late.join()
+    assert found == notes
 
 
 @pytest.mark.parametrize(
@@ -137,12 +186,12 @@ def test_a_bad_picture_is_refused_before_a_model_is_loaded(tmp_path: Path, conte
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(MediaError, match=sentence):
-        ask.gather(["What?"], [str(tmp_path / "a.png")], None)
+        gather(["What?"], [str(tmp_path / "a.png")], None)
 
 
 def test_bytes_of_a_pipe_that_are_no_picture_are_refused(reader: Reader):
     with pytest.raises(MediaError, match="the image is of an unknown format"):
-        ask.gather(["What?"], [], reader(b"\xff\x00\x01" * 100))
+        gather(["What?"], [], reader(b"\xff\x00\x01" * 100))
 
 
 # The request and its answer

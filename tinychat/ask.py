@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import stat
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import IO, Any, Protocol
 from tinychat.core import Event, Failed, Finished, Image, Message, Request, SamplingParams, StoppingParams, Text
 from tinychat.errors import CapacityError, MediaError, ModelError, TinychatError, UsageError
 
+PATIENCE = 1.0  # seconds that a pipe may stay silent where the question is known without it
 SCHEMA = "tinychat.ask/1"
 LINE_START = b'{"schema": "tinychat.ask/1", "input": '
 PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -90,14 +92,24 @@ def sniff(data: bytes) -> Image | str:
     return Image(data=data) if "\0" in text else text
 
 
-def piped(stdin: IO[bytes] | None) -> bytes:
-    """What is piped or redirected into `stdin`; nothing from a terminal or /dev/null."""
+def piped(stdin: IO[bytes] | None, needed: bool, report: Callable[[str], None]) -> bytes:
+    """What is piped or redirected into `stdin`; nothing from a terminal or /dev/null.
+
+    A pipe that is silent for PATIENCE seconds, as cron and ssh leave one open, is left alone unless it is `needed`.
+    """
     try:
         mode = os.fstat(stdin.fileno()).st_mode if stdin else 0
     except (OSError, ValueError):
         return b""
-    pipe = stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
-    return stdin.read() if stdin and pipe else b""
+    if stdin is None or not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return b""
+    if stat.S_ISREG(mode) or select.select([stdin], [], [], PATIENCE)[0]:
+        return stdin.read()
+    if needed:
+        report("waiting for a question on stdin")
+        return stdin.read()
+    report(f"nothing came from stdin within {PATIENCE:g} s, so it is left out; write - to wait for it")
+    return b""
 
 
 def compose(question: str, pictures: Sequence[Image], data: bytes) -> Query:
@@ -113,11 +125,13 @@ def compose(question: str, pictures: Sequence[Image], data: bytes) -> Query:
     return Query(whole, (*pictures, *found))
 
 
-def gather(words: Sequence[str], images: Sequence[str], stdin: IO[bytes] | None) -> tuple[Query, list[str]]:
-    """Arguments, --image and stdin -> the query without the FILES, and the FILES. stdin is read for `-` or a pipe."""
+def gather(
+    words: Sequence[str], images: Sequence[str], stdin: IO[bytes] | None, report: Callable[[str], None]
+) -> tuple[Query, list[str]]:
+    """Arguments, --image and stdin -> the query without the FILES, and the FILES. `-` reads stdin to its end."""
     question, files = sort_words(words)
     asked = "-" in files and stdin is not None
-    data = stdin.read() if asked and stdin else piped(stdin)
+    data = stdin.read() if asked and stdin else piped(stdin, not question.strip(), report)
     query = compose(question, [read_picture(path) for path in images], data)
     return query, [file for file in files if file != "-"]
 

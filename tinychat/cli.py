@@ -106,7 +106,7 @@ def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
     from tinychat import ask as asking
     from tinychat.core import SamplingParams
 
-    query, files = asking.gather(flags.words or (), flags.image, asking.stdin_bytes())
+    query, files = asking.gather(flags.words or (), flags.image, asking.stdin_bytes(), _note)
     asker = asking.Asker(
         model=model.model or EMBEDDED,
         open=lambda: open_model(model, plain=flags.plain).engine,

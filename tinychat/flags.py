@@ -113,7 +113,11 @@ class AskFlags:
 
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="QUESTION | FILE", help="The question and its pictures, in any order; - is stdin."),
+        typer.Argument(
+            metavar="QUESTION | FILE",
+            help="The question and its pictures, in any order. - is stdin; a pipe is read without it too, "
+            "unless there is a question and the pipe stays silent for a second.",
+        ),
     ] = None
     image: Images = field(default_factory=list[str])
     system: System = None
