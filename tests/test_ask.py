@@ -127,6 +127,14 @@ def test_no_question_is_a_wrong_call(picture: Path):
         gather([str(picture)], [], None)
 
 
+def test_a_folder_is_no_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+    with pytest.raises(UsageError, match="'docs' is taken for the folder of that name, and there is no question; ask"):
+        gather(["docs"], [], None)
+    assert gather(["What is in it?", "docs"], [], None)[1] == ["docs"]
+
+
 def test_a_terminal_and_a_device_are_not_read():
     with Path(os.devnull).open("rb") as nothing:
         assert ask.piped(nothing, True, pytest.fail) == b""

@@ -225,6 +225,17 @@ def test_ask_prints_one_object(run: Run, engine: Engine, picture: str):
     assert (found["schema"], found["model"], found["usage"]["image_tokens"]) == ("tinychat.ask/1", "folder", 64)
 
 
+def test_ask_says_why_an_answer_is_cut(run: Run, engine: Engine):
+    engine.finish_reason = "length"
+    out = "It is a red circle.\n"
+    note = "the answer is cut after 7 tokens; --max-new-tokens 14 allows more\n"
+    assert run("ask", "hi") == (0, out, note)
+    assert run("ask", "hi", "--max-new-tokens", "7") == (0, out, "")
+    engine.context = 17
+    note = "the answer is cut: the context of 17 tokens is full; give more by --context, or ask for less\n"
+    assert run("ask", "hi", "--max-new-tokens", "7") == (0, out, note)
+
+
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_what_the_engine_fails_with_is_the_code(run: Run, engine: Engine, more: tuple[str, ...]):
     engine.scripts = [Failed("ask", "9000 tokens do not fit into 4096", "ask for less", 5)]

@@ -112,17 +112,28 @@ def piped(stdin: IO[bytes] | None, needed: bool, report: Callable[[str], None]) 
     return b""
 
 
-def compose(question: str, pictures: Sequence[Image], data: bytes) -> Query:
-    """The query of a question, pictures and the bytes of stdin; raises UsageError where no question is left."""
+def compose(question: str, pictures: Sequence[Image], data: bytes, files: Sequence[str] = ()) -> Query:
+    """The query of a question, pictures and the bytes of stdin; raises UsageError where no question is left.
+
+    `files` are the words that were taken for files: one of them may have been meant as the question.
+    """
     content = sniff(data)
     text = content.strip() if isinstance(content, str) else ""
     found = (_checked(content),) if isinstance(content, Image) else ()
     whole = "\n\n".join(part for part in (question.strip(), text) if part)
     if not whole:
-        raise UsageError(
-            "there is no question", 'write one, as in tinychat ask "What is this?" photo.png, or pipe it in'
-        )
+        raise _no_question(files)
     return Query(whole, (*pictures, *found))
+
+
+def _no_question(files: Sequence[str]) -> UsageError:
+    folder = next((file for file in files if file != "-" and Path(file).is_dir()), None)
+    if folder is not None:
+        what = f"{folder!r} is taken for the folder of that name, and there is no question"
+        return UsageError(
+            what, f'ask in more words, or about its pictures: tinychat ask "What is this?" {folder}/*.png'
+        )
+    return UsageError("there is no question", 'write one, as in tinychat ask "What is this?" photo.png, or pipe it in')
 
 
 def gather(
@@ -132,7 +143,7 @@ def gather(
     question, files = sort_words(words)
     asked = "-" in files and stdin is not None
     data = stdin.read() if asked and stdin else piped(stdin, not question.strip(), report)
-    query = compose(question, [read_picture(path) for path in images], data)
+    query = compose(question, [read_picture(path) for path in images], data, files)
     return query, [file for file in files if file != "-"]
 
 
@@ -142,6 +153,17 @@ def last(events: Iterable[Event]) -> Finished | Failed:
     if not isinstance(end, Finished | Failed):
         raise RuntimeError(f"the engine's last event is {type(end).__name__}")
     return end
+
+
+def why_cut(end: Finished, context: int, limited: bool) -> str:
+    """Why an answer ended before its end, and what to do; "" where it did not, or where the user limited its length."""
+    usage = end.usage
+    if end.finish_reason != "length":
+        return ""
+    if usage.prompt_tokens + usage.completion_tokens >= context:
+        return f"the answer is cut: the context of {context:,} tokens is full; give more by --context, or ask for less"
+    tokens = usage.completion_tokens
+    return "" if limited else f"the answer is cut after {tokens:,} tokens; --max-new-tokens {2 * tokens} allows more"
 
 
 def as_error(failed: Failed) -> TinychatError:

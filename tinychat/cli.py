@@ -34,7 +34,7 @@ from tinychat.flags import (
 )
 
 if TYPE_CHECKING:
-    from tinychat.ask import Asker
+    from tinychat.ask import Asker, Query
     from tinychat.core import Progress
     from tinychat.engine.engine import Engine
     from tinychat.load import Placement
@@ -120,10 +120,11 @@ def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
     if flags.json:
         typer.echo(json.dumps(asking.ask_json(asker, whole)))
         return 0
-    return _print_answer(asker, whole, flags)
+    return _print_answer(asker, whole, flags, limited=sampling.max_new_tokens is not None)
 
 
-def _print_answer(asker: Asker, query: Any, flags: AskFlags) -> int:
+def _print_answer(asker: Asker, query: Query, flags: AskFlags, limited: bool) -> int:
+    from tinychat.ask import why_cut
     from tinychat.core import Failed
     from tinychat.terminal.answers import print_answer, stats_line
 
@@ -132,6 +133,8 @@ def _print_answer(asker: Asker, query: Any, flags: AskFlags) -> int:
     end = print_answer(events, out=sys.stdout, err=sys.stderr, plain=flags.plain, stream=flags.stream)
     if isinstance(end, Failed):
         return end.exit_code
+    if cut := why_cut(end, engine.context, limited):
+        _note(cut)
     if flags.stats:
         _note(stats_line(end, engine.context))
     return 0
