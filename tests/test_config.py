@@ -337,6 +337,17 @@ def test_towers_from_transformers_configs() -> None:
             {**VILA, "vision_tower_cfg": {**CLIP, "num_attention_heads": 5}},
             "the vision config of type 'clip_vision_model' is wrong: .*48.* not a multiple of .*5",
         ),
+        (
+            {**LLAMA, "hidden_act": "zzz"},
+            "hidden_act is 'zzz', which is not an activation that transformers knows; check",
+        ),
+        ({**VILA, "vision_tower_cfg": {**CLIP, "hidden_act": "zzz"}}, "the vision tower's hidden_act is 'zzz'"),
+        (
+            {**VILA, "mm_projector_cfg": {"mm_projector_type": "mlp2x_gelu", "hidden_act": ["gelu"]}},
+            r"the projector's hidden_act is \['gelu'\]",
+        ),
+        ({**VILA, "image_encoder": "{"}, r"image_encoder is not valid JSON \(.*\); check config.json"),
+        ({**VILA, "image_encoder": "3"}, "image_encoder is a int, not an object"),
         ({**LLAMA, "rope_theta": None}, "the decoder's config has no rope_theta; add rope_theta to config.json"),
     ],
 )
@@ -344,7 +355,7 @@ def test_towers_from_transformers_configs() -> None:
 def test_what_is_not_supported_is_named(raw: Json, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         config = VilaConfig(**raw)
-        assert (config.text, config.vision) is None
+        assert (config.text, config.vision, config.projector) is None
 
 
 @pytest.mark.parametrize(
@@ -361,6 +372,16 @@ def test_what_is_not_supported_is_named(raw: Json, words: str) -> None:
 def test_pictures_that_are_prepared_in_another_way_are_refused(tmp_path: Path, raw: Json, changes: Json, words: str):
     write(tmp_path / "config.json", {**raw, **changes})
     with pytest.raises(ModelError, match=words):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [(VILA, "llm_cfg"), (VILA, "mm_projector_cfg"), (LLAVA_HF, "text_config"), (LLAVA_HF, "vision_config")],
+)
+def test_parts_that_are_no_objects(tmp_path: Path, raw: Json, key: str):
+    write(tmp_path / "config.json", {**raw, key: [3]})
+    with pytest.raises(FormatError, match=f"config.json has a list as {key}, not an object"):
         read_config(tmp_path)
 
 

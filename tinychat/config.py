@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.activations import ACT2FN
 
 from tinychat.errors import FormatError, ModelError
 
@@ -78,6 +79,9 @@ class TextConfig:
     out_bias: bool = False
     mlp_bias: bool = False
 
+    def __post_init__(self) -> None:
+        _check_act("hidden_act", self.hidden_act)
+
     @classmethod
     def of(cls, config: TextConfig | PretrainedConfig) -> TextConfig:
         """Ours as it is, or from a transformers LlamaConfig, MistralConfig or Qwen2Config."""
@@ -100,6 +104,9 @@ class VisionConfig:
     layer_norm_eps: float
     select_layer: int = -2
     select_feature: str = "patch"
+
+    def __post_init__(self) -> None:
+        _check_act("the vision tower's hidden_act", self.hidden_act)
 
     @classmethod
     def of(cls, config: VisionConfig | PretrainedConfig) -> VisionConfig:
@@ -134,6 +141,9 @@ class ProjectorConfig:
     act: str = "gelu"
     bias: bool = True
     token_order: TokenOrder = "row"
+
+    def __post_init__(self) -> None:
+        _check_act("the projector's hidden_act", self.act)
 
     @property
     def block(self) -> int:
@@ -226,10 +236,18 @@ def read_config(folder: Path) -> VilaConfig:
             raw[key] = {**(raw[key] if isinstance(raw.get(key), dict) else {}), **read_json(part)}
         elif isinstance(raw.get(key), str):
             raw[key] = read_json(folder / raw[key] / "config.json")
+    _check_parts(raw)
     config = VilaConfig(**raw)
     _check_pictures(config)
     _check_marks(config)
     return config
+
+
+def _check_parts(raw: Json) -> None:
+    """Raises FormatError where a part of the config is no object."""
+    for key in ("llm_cfg", "vision_tower_cfg", "mm_projector_cfg", "text_config", "vision_config"):
+        if not isinstance(part := raw.get(key), dict | None):
+            raise FormatError(f"config.json has a {type(part).__name__} as {key}, not an object", "check config.json")
 
 
 def _check_pictures(config: VilaConfig) -> None:
@@ -290,15 +308,24 @@ def _from_vila(raw: Json) -> Json:
         raise ModelError("the model uses S2 multi-scale vision features", "this is not supported yet")
     newer = "image_encoder" in raw  # NVILA and later name their encoders
     if newer:
-        encoder = raw["image_encoder"]
-        encoder = json.loads(encoder) if isinstance(encoder, str) else encoder
-        fields.setdefault("image_suffix", encoder.get("end_tokens", "\n") or "")
+        fields.setdefault("image_suffix", _image_encoder(raw["image_encoder"]).get("end_tokens", "\n") or "")
     if projector is not None:
         old = projector.get("mm_projector_type") == "mlp_downsample" and not newer
         fields["mm_projector_cfg"] = {"token_order": "column" if old else "row", **projector}
     if raw.get("image_aspect_ratio") in ("dynamic", "dynamic_s2"):
         fields["image_aspect_ratio"] = "resize"  # what VILA itself does where several pictures are in the prompt
     return fields
+
+
+def _image_encoder(value: object) -> Json:
+    """NVILA's encoder: an object, or one written as a string."""
+    try:
+        encoder: object = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise FormatError(f"image_encoder is not valid JSON ({error})", "check config.json") from error
+    if not isinstance(encoder, dict):
+        raise FormatError(f"image_encoder is a {type(encoder).__name__}, not an object", "check config.json")
+    return cast("Json", encoder)
 
 
 def _from_llava(raw: Json) -> Json:
@@ -351,6 +378,11 @@ def _from_text(raw: Json) -> Json:
 
 
 _FROM_LAYOUT = {"vila": _from_vila, "llava": _from_llava, "llava_hf": _from_llava_hf, "text": _from_text}
+
+
+def _check_act(key: str, name: object) -> None:
+    if not isinstance(name, str) or name not in ACT2FN:
+        raise ModelError(f"{key} is {name!r}, which is not an activation that transformers knows", "check config.json")
 
 
 def _foreign(part: str, cfg: Json) -> PretrainedConfig:
