@@ -277,6 +277,14 @@ def test_other_quantizations_are_refused_by_name(tmp_path, changes, words):
         load_model(folder)
 
 
+@pytest.mark.parametrize("value", ["awq", [4]])
+def test_a_quantization_that_is_no_object(tmp_path, value):
+    folder = make_tiny_model(tmp_path, "text", quantize=32)
+    rewrite(folder / "config.json", quantization_config=value)
+    with pytest.raises(ModelError, match=f"the quantization_config is {re.escape(repr(value))}, not an object"):
+        load_model(folder)
+
+
 def test_packed_weights_without_a_quantization_config_are_listed(tmp_path):
     folder = make_tiny_model(tmp_path, "text", quantize=32)
     rewrite(folder / "config.json", quantization_config=None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tinychat import checkpoint
 from tinychat.checkpoint import Index
@@ -245,7 +246,11 @@ def _quantization(config: VilaConfig) -> Json:
     found = [root[key] for root in roots for key in ("quantization_config", "compression_config") if root.get(key)]
     if not found:
         return {}
-    return dict(found[0]) if isinstance(found[0], Mapping) else found[0].to_dict()
+    if isinstance(found[0], Mapping):
+        return dict(found[0])
+    if not isinstance(found[0], QuantizationConfigMixin):
+        raise ModelError(f"the quantization_config is {found[0]!r}, not an object", "check config.json")
+    return found[0].to_dict()
 
 
 def _spared(config: VilaConfig) -> tuple[str, ...]:
