@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import weakref
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -285,6 +287,25 @@ def test_damaged_safetensors(tmp_path, content, words):
     assert words in fault(tmp_path)
 
 
+@pytest.mark.parametrize("starts", [(0, 4), (0, 12), (4, 12)])
+def test_tensors_that_overlap_or_leave_gaps(tmp_path, starts):
+    rows = {str(n): {"dtype": "F32", "shape": [2], "data_offsets": [n, n + 8]} for n in starts}
+    raw = json.dumps(rows).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(max(starts) + 8))
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    assert re.search(r"a tensor begins at byte \d+, the one before it ends at \d+", fault(tmp_path))
+
+
+def test_a_file_that_is_damaged_after_its_header_was_read(tmp_path):
+    index = Index.of(saved(tmp_path, tensors()))
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(b"damaged so that nothing can be read")
+    with pytest.raises(FormatError, match=r"model.safetensors cannot be read \(.*\); download or copy the file again"):
+        index.get(index.names()[0])
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -293,6 +314,7 @@ JSON = st.recursive(
 ROWS = st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "X"]), "shape": JSON, "data_offsets": JSON})
 
 
+@example(header={"": {"dtype": "F32", "shape": [math.inf], "data_offsets": None}}, data=b"")
 @given(header=JSON | st.dictionaries(st.text(max_size=3), ROWS, max_size=3), data=st.binary(max_size=16))
 def test_any_header_gives_entries_or_a_format_error(tmp_path_factory, header, data):
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -472,12 +472,22 @@ def _header(path: Path) -> dict[str, Entry]:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)
         entries = {key: _entry(path, key, row) for key, row in header.items()}
-        end = max((int(row["data_offsets"][1]) for row in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        end = _end_of_data([row["data_offsets"] for row in header.values()])
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path.name} has a header that cannot be read ({error!r})", AGAIN) from error
     if end != (there := size - 8 - length):
         raise FormatError(f"{path.name} is truncated: its header describes {end} bytes of data, it has {there}", AGAIN)
     return entries
+
+
+def _end_of_data(spans: list[list[int]]) -> int:
+    """Where the last tensor ends. Raises ValueError unless each begins where the one before it ends."""
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise ValueError(f"a tensor begins at byte {start}, the one before it ends at {end}")
+        end = stop
+    return end
 
 
 def _entry(path: Path, key: str, row: Mapping[str, Any]) -> Entry:
@@ -511,7 +521,10 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 def _reader(path: Path) -> Reader:
     if path.suffix == ".safetensors":
-        return safe_open(path, framework="pt").get_tensor
+        try:
+            return safe_open(path, framework="pt").get_tensor
+        except SafetensorError as error:
+            raise FormatError(f"{path} cannot be read ({error})", AGAIN) from error
     return _unpickled(path).__getitem__
 
 
