@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as pillow
 from PIL import ImageFile, ImageOps
-from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from tinychat.core import Image
 from tinychat.errors import MediaError, ModelError, UsageError
@@ -280,6 +280,28 @@ def test_stored_preprocessor_config_is_obeyed(configs):
     theirs = SiglipImageProcessorPil(image_mean=[0.1] * 3, resample=2, **SIGLIP)
     expected = theirs(noise(9, 9), return_tensors="pt")["pixel_values"][0]
     assert torch.equal(images.to_pixels(noise(9, 9), ours), expected)
+
+
+def test_a_bit_processor_is_a_clip_processor(configs):
+    stored = BitImageProcessorPil(image_mean=[0.2] * 3, **CLIP).to_dict()
+    for config in (stored, {**CLIP, "image_processor_type": "BitImageProcessor"}):
+        ours = images.image_processor_for(configs("siglip").vision, config)
+        expected = BitImageProcessorPil.from_dict(dict(config))(noise(40, 31), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(images.to_pixels(noise(40, 31), ours), expected)
+
+
+@pytest.mark.parametrize("kind", ["CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", ""])
+def test_older_and_newer_names_of_a_processor_are_known(kind, configs):
+    ours = images.image_processor_for(configs("clip").vision, {**CLIP, "feature_extractor_type": kind})
+    assert images.target_size(ours) == (28, 28)
+
+
+@pytest.mark.parametrize(
+    "kind", ["ViTImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor", "Siglip2ImageProcessor"]
+)
+def test_a_processor_that_makes_other_pixels_is_refused(kind, configs):
+    with pytest.raises(ModelError, match=f"the image processor '{kind}' is not supported; take a model whose"):
+        images.image_processor_for(configs("clip").vision, {**CLIP, "image_processor_type": kind})
 
 
 def test_target_size_must_be_known(configs):

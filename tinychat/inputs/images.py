@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 import struct
 import warnings
 import zlib
@@ -37,6 +38,7 @@ _UPRIGHT = {  # its value -> what brings the picture upright (Exif 2.3, 4.6.4)
     7: pillow.Transpose.TRANSVERSE,
     8: pillow.Transpose.ROTATE_90,
 }
+_PROCESSOR = re.compile(r"(CLIP|Bit|Siglip)(ImageProcessor|FeatureExtractor)")  # Bit's steps and defaults are CLIP's
 _DAMAGED = (OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, struct.error, zlib.error)
 _TEXT = "a text file"
 _KNOWN_OTHERS = (  # (offset, signature, what it is)
@@ -222,9 +224,12 @@ def _orientation(picture: pillow.Image) -> int:
 
 
 def image_processor_for(vision: VisionConfig, stored: dict[str, Any] | None = None) -> Any:
-    """transformers' PIL processor: from a preprocessor_config.json, or the family's usual one for `vision`."""
+    """transformers' PIL processor: from a preprocessor_config.json, or the family's usual one for `vision`.
+
+    Raises ModelError where the stored one is of a type that makes other pixels.
+    """
     kind = str((stored or {}).get("image_processor_type") or (stored or {}).get("feature_extractor_type") or "")
-    family = next((name for name in ("clip", "siglip") if kind.lower().startswith(name)), vision.family)
+    family = _family_of(kind) if kind else vision.family
     side = vision.image_size
     square = {"height": side, "width": side}
     usual: dict[str, dict[str, Any]] = {
@@ -232,6 +237,14 @@ def image_processor_for(vision: VisionConfig, stored: dict[str, Any] | None = No
         "siglip": {"size": square},
     }
     return _processor_class(family).from_dict(dict(stored) if stored else usual[family])
+
+
+def _family_of(kind: str) -> str:
+    match = _PROCESSOR.match(kind)
+    if match is None:
+        remedy = "take a model whose image processor is a CLIP or a SigLIP one"
+        raise ModelError(f"the image processor {kind!r} is not supported", remedy)
+    return "siglip" if match[1] == "Siglip" else "clip"
 
 
 def _processor_class(family: str) -> Any:
