@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tinychat.checkpoint import SHARD_SIZE, write_safetensors
+from tinychat.errors import TinychatError, UsageError
+from tinychat.terminal.clean import clean_line
+from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec, from_logical, quantize
 
 Json = dict[str, Any]
@@ -35,6 +39,7 @@ TEMPLATE = (
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+GROUPS = (32, 64, 128)
 BLOCK = 2**22 + 15  # larger tensors repeat a random block of this size, which no row length divides
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 LLAVA_TYPES = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}
@@ -121,13 +126,33 @@ def make_tiny_model(
 ) -> Path:
     """Write a model folder and return it. `changes` are fields of Shape; `quantize` is a group size (AWQ GEMM, 4 bit).
 
-    Tensors are drawn and written one by one, a shard in memory at most.
+    Tensors are drawn and written one by one, a shard in memory at most. Raises UsageError for what no layout can hold.
     """
     made = replace(SHAPES[shape], **changes)
-    folder.mkdir(parents=True, exist_ok=True)
+    if quantize is not None:
+        _check_groups(made, quantize)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made: {error.strerror}", "give another folder") from error
     recipe = Recipe(seed, getattr(torch, dtype), quantize, shard_size)
     _WRITERS[layout](folder, made, recipe)
     return folder
+
+
+def _check_groups(shape: Shape, group: int) -> None:
+    """Raises UsageError, before anything is written, where a linear of the decoder cannot be quantized."""
+    try:
+        spec = QuantSpec(group_size=group)
+        for name, dims in decoder_tensors(shape):
+            if _is_quantized(name):
+                spec.check(in_features=dims[1], out_features=dims[0])
+    except LayoutError as error:
+        raise UsageError(str(error), "give another --quantize, or larger sizes") from error
+
+
+def _is_quantized(name: str) -> bool:
+    return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
 def decoder_tensors(shape: Shape) -> Iterator[Sized]:
@@ -212,7 +237,7 @@ def drawn(tensors: Iterator[Sized], recipe: Recipe, prefix: str = "") -> Iterato
     """(name, tensor) one by one; a decoder's linears come as qweight, qzeros and scales where the recipe says so."""
     for name, dims in tensors:
         tensor = draw(prefix + name, dims, recipe)
-        if recipe.group and name.startswith("model.layers.") and name.endswith("_proj.weight"):
+        if recipe.group and _is_quantized(name):
             spec = QuantSpec(group_size=recipe.group)
             packed = from_logical(quantize(tensor.half(), spec), spec)
             yield from ((f"{prefix}{name.removesuffix('weight')}{key}", part) for key, part in packed._asdict().items())
@@ -311,7 +336,7 @@ def _quantization(recipe: Recipe, *spared: str) -> Json:
 def _write_words(folder: Path, shape: Shape, image: bool = False) -> None:
     made = tokenizer(image)
     if len(made) > shape.vocab_size:
-        raise SystemExit(f"the tokenizer has {len(made)} tokens, vocab_size is {shape.vocab_size}: give a larger one")
+        raise UsageError(f"the tokenizer has {len(made)} tokens, vocab_size is {shape.vocab_size}", "give a larger one")
     made.save_pretrained(folder)
     ids = {"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256}
     write_json(folder / "generation_config.json", {**ids, "do_sample": False})
@@ -374,7 +399,7 @@ def _write_llava(folder: Path, shape: Shape, recipe: Recipe) -> None:
 
 def _write_llava_hf(folder: Path, shape: Shape, recipe: Recipe) -> None:
     if shape.projector != "mlp2x_gelu":
-        raise SystemExit(f"the llava_hf layout knows the projector mlp2x_gelu alone, not {shape.projector}")
+        raise UsageError(f"the projector is {shape.projector}", "the layout llava_hf knows mlp2x_gelu alone")
     strategy = "default" if shape.vision == "clip" else "full"
     root = {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -409,24 +434,48 @@ def _write_llava_hf(folder: Path, shape: Shape, recipe: Recipe) -> None:
 _WRITERS = {"vila": _write_vila, "llava": _write_llava, "llava_hf": _write_llava_hf, "text": _write_text}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layout", choices=sorted(_WRITERS), default="vila")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny", help="sizes to start from (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--quantize", type=int, metavar="GROUP", help="4-bit decoder, AWQ GEMM: 32, 64 or 128")
+CHOICES = {
+    "text": sorted(ARCHITECTURES),
+    "vision": ["clip", "siglip"],
+    "projector": ["identity", "linear", "mlp2x_gelu", "mlp3x_gelu", *DOWNSAMPLE],
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("folder", type=Path)
+    made.add_argument("--layout", choices=sorted(_WRITERS), default="vila")
+    made.add_argument("--shape", choices=sorted(SHAPES), default="tiny", help="sizes to start from (%(default)s)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    made.add_argument("--quantize", type=int, choices=GROUPS, help="4-bit decoder, AWQ GEMM: the size of the groups")
     for field in fields(Shape):
-        default = getattr(Shape(), field.name)
-        action: Json = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, **action)
-    flags = vars(parser.parse_args(argv))
+        kind, action = type(getattr(Shape(), field.name)), dict[str, Any](action="store_true")
+        if kind is not bool:
+            action = {"type": positive if kind is int else kind, "choices": CHOICES.get(field.name)}
+        made.add_argument(f"--{field.name.replace('_', '-')}", default=None, **action)
+    return made
+
+
+def positive(text: str) -> int:
+    """A count; argparse makes a sentence of the ValueError."""
+    if (count := int(text)) < 1:
+        raise ValueError
+    return count
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = vars(parser().parse_args(argv))
     changes = {name: flags.pop(name) for name in asdict(Shape())}
-    folder = make_tiny_model(**flags, **{name: value for name, value in changes.items() if value is not None})
+    try:
+        folder = make_tiny_model(**flags, **{name: value for name, value in changes.items() if value is not None})
+    except TinychatError as error:
+        print(clean_line(f"error: {error}"), file=sys.stderr)
+        return error.exit_code
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    print(f"wrote {folder}: random weights, {size / 2**20:.1f} MiB")
+    print(clean_line(f"wrote {folder}: random weights, {size / 2**20:.1f} MiB"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,7 @@ import make_tiny_model as script
 from make_tiny_model import IMAGE, Shape, main, make_tiny_model
 from tinychat.checkpoint import Index, open_model
 from tinychat.config import read_config, read_json
+from tinychat.errors import UsageError
 from tinychat_kernels.layout import AwqGemm, QuantSpec, dequantize, to_logical
 
 
@@ -139,10 +140,29 @@ def test_the_large_shapes_are_as_large_as_they_say():
 
 
 def test_what_cannot_be_written_is_said(tmp_path):
-    with pytest.raises(SystemExit, match="vocab_size is 200: give a larger one"):
+    with pytest.raises(UsageError, match="vocab_size is 200; give a larger one"):
         make_tiny_model(tmp_path, "text", vocab_size=200)
-    with pytest.raises(SystemExit, match="llava_hf layout knows the projector mlp2x_gelu alone, not linear"):
+    with pytest.raises(UsageError, match="the projector is linear; the layout llava_hf knows mlp2x_gelu alone"):
         make_tiny_model(tmp_path, "llava_hf", projector="linear")
     with pytest.raises(TypeError, match="widht"):
         make_tiny_model(tmp_path, "text", widht=3)
+    with pytest.raises(UsageError, match="null/model cannot be made: Not a directory; give another folder"):
+        make_tiny_model(Path("/dev/null/model"), "text")
     assert Shape().head_dim == 16
+
+
+@pytest.mark.parametrize(
+    "flags", [["--quantize", "48"], ["--text", "foo"], ["--vision", "dino"], ["--projector", "x"], ["--layers", "0"]]
+)
+def test_a_wrong_choice_is_named(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "model"), *flags])
+    assert f"error: argument {flags[0]}: invalid" in capsys.readouterr().err
+
+
+def test_groups_that_do_not_divide_are_one_line_and_nothing_is_written(tmp_path, capsys):
+    assert main([str(tmp_path / "model"), "--quantize", "128"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("error: ") and "64" in err and "128" in err
+    assert not (tmp_path / "model").exists()
