@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from tinychat.core import Image, Message, Request, Text
-from tinychat.errors import MediaError, ModelError, UsageError
+from tinychat.errors import FormatError, MediaError, ModelError, UsageError
 from tinychat.inputs.images import image_processor_for
 from tinychat.inputs.processor import Processor, Slot
 from tinychat.inputs.templates import ROWS
@@ -360,8 +360,28 @@ def test_a_folder_without_tokenizer(tmp_path, configs):
 
 def test_a_damaged_tokenizer(tmp_path, configs):
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(FormatError, match="cannot be read"):
         Processor.from_folder(tmp_path, configs())
+
+
+@pytest.mark.parametrize(
+    ("damaged", "text", "sentence"),
+    [
+        ("tokenizer.json", '{"a":', r"tokenizer\.json is not valid JSON .*; download or copy the file again"),
+        ("tokenizer.json", "", r"tokenizer\.json is not valid JSON"),
+        ("tokenizer.json", "null", r"tokenizer\.json holds a NoneType, not an object"),
+        ("tokenizer.json", '{"a": 1}', r"cannot be read \(KeyError: 'added_tokens'\); copy its files again"),
+        ("tokenizer.json", '{"model": {"type": "X"}, "added_tokens": []}', r"cannot be read \(Exception: "),
+        ("tokenizer.json", '{"added_tokens": 3}', r"cannot be read \(TypeError: "),
+        ("tokenizer_config.json", '{"a":', r"tokenizer_config\.json is not valid JSON"),
+    ],
+)
+def test_a_damaged_json_file_of_a_tokenizer(tmp_path, tokenizers, configs, damaged, text, sentence):
+    save(tmp_path, tokenizers("chatml"))
+    (tmp_path / damaged).write_text(text)
+    with pytest.raises(FormatError, match=sentence) as caught:
+        Processor.from_folder(tmp_path, configs())
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_pixels_of_another_size_than_the_towers_are_refused(tokenizers, configs):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from tinychat.config import VilaConfig, read_json
 from tinychat.core import Image, Message, Part, Request, Text
-from tinychat.errors import ModelError, UsageError
+from tinychat.errors import FormatError, ModelError, UsageError
 from tinychat.inputs import images as pictures
 from tinychat.inputs.marks import ANSWER, ANSWER_ID, IMAGE, IMAGE_ID, FastTokenizer, MarkedTokenizer
 from tinychat.inputs.templates import Template, Turn, choose
@@ -79,7 +79,10 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder: Path, config: VilaConfig, template: str | None = None) -> Processor:
-        """From a model folder of any layout; nothing is fetched. Raises ModelError where there is no tokenizer."""
+        """From a model folder of any layout; nothing is fetched.
+
+        Raises ModelError where there is no tokenizer, FormatError where it is damaged.
+        """
         parts = (folder / "llm", folder)
         generation = next((part / "generation_config.json" for part in parts if _has(part, "generation_config")), None)
         return cls(
@@ -223,6 +226,7 @@ def _mode(image_processor: Any | None, config: VilaConfig) -> str:
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def _has(folder: Path, *stems: str) -> bool:
@@ -236,19 +240,27 @@ def _read_tokenizer(folder: Path, config: VilaConfig) -> FastTokenizer:
         found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
         looked = f"{' or '.join(_TOKENIZER_FILES)} was looked for in {folder} and {folder / 'llm'}"
         raise ModelError(f"{looked}, found {', '.join(found) or 'nothing'}", "copy the tokenizer files there")
-    tokenizer: Any
-    decoder = AutoConfig.for_model((config.llm_cfg or {})["model_type"])  # else a foreign config.json is asked
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(home), config=decoder, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if not (home / "tokenizer.json").is_file():
-            raise ModelError(f"the tokenizer in {home} cannot be read ({error})", "check its files") from error
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(home), local_files_only=True)
+        tokenizer = _load_tokenizer(home, config)
+    except Exception as error:  # the Rust reader raises nothing narrower for a damaged file
+        for name in _TOKENIZER_JSON:
+            if (home / name).is_file():
+                read_json(home / name)
+        reason = f"{type(error).__name__}: {error}"
+        raise FormatError(f"the tokenizer in {home} cannot be read ({reason})", "copy its files again") from error
     if not tokenizer.chat_template and _has(folder, "chat_template"):
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
     return tokenizer
+
+
+def _load_tokenizer(home: Path, config: VilaConfig) -> Any:
+    decoder = AutoConfig.for_model((config.llm_cfg or {})["model_type"])  # else a foreign config.json is asked
+    try:
+        return AutoTokenizer.from_pretrained(str(home), config=decoder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        if not (home / "tokenizer.json").is_file():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(str(home), local_files_only=True)
 
 
 def _read_image_processor(folder: Path, config: VilaConfig) -> Any | None:
