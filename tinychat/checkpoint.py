@@ -128,17 +128,22 @@ class Index:
         """The tensors of folders, each `(prefix, folder)` under its prefix. Raises one FormatError with all faults."""
         named = [part if isinstance(part, tuple) else ("", part) for part in parts]
         found: defaultdict[str, list[Entry]] = defaultdict(list)
-        problems: list[str] = []
+        problems: list[FormatError] = []
         for prefix, folder in named:
             for path, listed in _weight_files(folder, problems).items():
                 entries = _entries(path, problems)
-                problems += [f"{path.name} lacks {key}, which the index puts there" for key in listed - entries.keys()]
+                lost = sorted(listed - entries.keys())
+                problems += [_fault(f"{path.name} lacks {key}, which the index puts there") for key in lost]
                 for key, entry in entries.items():
                     found[prefix + key].append(entry)
-        problems += [f"{name} is in {_names(entries)}" for name, entries in found.items() if len(entries) > 1]
+        several = {name: entries for name, entries in found.items() if len(entries) > 1}
+        problems += [_fault(f"{name} is in {_names(entries)}") for name, entries in several.items()]
         if problems:
             where = ", ".join(str(folder) for _, folder in named)
-            raise FormatError(f"the weights in {where} are damaged: {_cut(problems)}", AGAIN)
+            remedies = {problem.remedy for problem in problems}
+            remedy = remedies.pop() if len(remedies) == 1 else AGAIN
+            found_wrong = _cut([problem.message for problem in problems])
+            raise FormatError(f"the weights in {where} cannot be read: {found_wrong}", remedy)
         return cls({name: entries[0] for name, entries in found.items()})
 
     def names(self) -> list[str]:
@@ -414,7 +419,7 @@ def _device_of(name: str, device: Devices) -> torch.device:
     return torch.device(device[max(prefixes, key=len)])
 
 
-def _weight_files(folder: Path, problems: list[str]) -> dict[Path, set[str]]:
+def _weight_files(folder: Path, problems: list[FormatError]) -> dict[Path, set[str]]:
     """The files that hold a folder's tensors, each with the names that an index file expects in it."""
     for single, index, suffixes in (
         ("model.safetensors", "model.safetensors.index.json", (".safetensors",)),
@@ -431,7 +436,7 @@ def _weight_files(folder: Path, problems: list[str]) -> dict[Path, set[str]]:
     raise ModelError(f"{folder} has no *.safetensors, *.bin or *.pt; found {there}", "give the folder with the weights")
 
 
-def _indexed_files(index: Path, problems: list[str]) -> dict[Path, set[str]]:
+def _indexed_files(index: Path, problems: list[FormatError]) -> dict[Path, set[str]]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]
@@ -442,21 +447,22 @@ def _indexed_files(index: Path, problems: list[str]) -> dict[Path, set[str]]:
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise FormatError(f"{index} points outside its folder, to {file}", "do not use this checkpoint")
         files[index.parent / file].add(name)
-    problems += [f"{path.name} is missing ({len(files[path])} tensors)" for path in files if not path.is_file()]
+    lost = [path for path in files if not path.is_file()]
+    problems += [_fault(f"{path.name} is missing ({len(files[path])} tensors)") for path in lost]
     return {path: names for path, names in files.items() if path.is_file()}
 
 
-def _entries(path: Path, problems: list[str]) -> dict[str, Entry]:
+def _entries(path: Path, problems: list[FormatError]) -> dict[str, Entry]:
     """A file's tensors by key; what is wrong with it goes to `problems`."""
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if start == LFS_POINTER:
-        problems.append(f"{path.name} is a Git LFS pointer and not the weights (git lfs pull fetches them)")
+        problems.append(FormatError(f"{path.name} is a Git LFS pointer and not the weights", "run git lfs pull"))
         return {}
     try:
         return _header(path) if path.suffix == ".safetensors" else _pickle_entries(path)
     except FormatError as error:
-        problems.append(error.message)
+        problems.append(error)
         return {}
 
 
@@ -526,6 +532,10 @@ def _reader(path: Path) -> Reader:
         except SafetensorError as error:
             raise FormatError(f"{path} cannot be read ({error})", AGAIN) from error
     return _unpickled(path).__getitem__
+
+
+def _fault(message: str) -> FormatError:
+    return FormatError(message, AGAIN)
 
 
 def _names(entries: Iterable[Entry]) -> str:
