@@ -340,7 +340,7 @@ def _as_ours(error: BaseException) -> TinychatError | None:
     return None
 
 
-def _kernel_error(error: Exception) -> TinychatError:
+def _kernel_error(error: BaseException) -> TinychatError:
     """A kernel's error in our form: the user's where TINYCHAT_BACKEND names no backend, else the model's."""
     from tinychat_kernels import registry
 
