@@ -137,7 +137,9 @@ def test_console_commands_are_found():
 @pytest.mark.timeout(1800)
 def test_readme_console_blocks_run():
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for command in console_commands((ROOT / "README.md").read_text("utf-8")):
+    commands = console_commands((ROOT / "README.md").read_text("utf-8"))
+    assert commands, "README.md has no console block"
+    for command in commands:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
             cwd=ROOT, env={**os.environ, "PATH": path}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
