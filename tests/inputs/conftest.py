@@ -108,12 +108,12 @@ def make_tokenizer(name: str):
     return _made.setdefault(name, None) or _made.update({name: _MAKERS[name]()}) or _made[name]
 
 
-def make_config(vision: str = "clip", **fields) -> VilaConfig:
+def make_config(vision: str = "clip", vocab_size: int = 600, **fields) -> VilaConfig:
     """A tiny VILA config: 28-pixel pictures, patch 14, so 4 tokens a picture."""
     text = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     text |= {
         "num_attention_heads": 1,
-        "vocab_size": 600,
+        "vocab_size": vocab_size,
         "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
     }
     if not vision:
@@ -126,6 +126,12 @@ def make_config(vision: str = "clip", **fields) -> VilaConfig:
 @pytest.fixture(scope="session")
 def tokenizers():
     return make_tokenizer
+
+
+@pytest.fixture
+def new_tokenizer():
+    """One that a test may change."""
+    return byte_level(_CHATML_TOKENS, eos="<|im_end|>", template=CHATML)
 
 
 @pytest.fixture(scope="session")

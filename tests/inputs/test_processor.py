@@ -384,6 +384,29 @@ def test_a_damaged_json_file_of_a_tokenizer(tmp_path, tokenizers, configs, damag
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("short", [0, 1, 9])
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tokenizers, configs, short):
+    tokenizer = tokenizers("chatml")
+    config = configs("", vocab_size=len(tokenizer) - short)
+    if not short:
+        assert Processor(tokenizer, None, config)(ask(user("q"))).ids
+        return
+    sizes = f"ids up to {len(tokenizer) - 1}, the model's vocabulary has {len(tokenizer) - short} tokens; copy the"
+    with pytest.raises(ModelError, match=sizes):
+        Processor(tokenizer, None, config)
+
+
+def test_padding_and_image_tokens_need_no_row_in_the_embedding(new_tokenizer, configs):
+    """Fine-tuning tools add them to the tokenizer alone."""
+    tokenizer = new_tokenizer
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    config = configs(vocab_size=size)
+    prompt = Processor(tokenizer, image_processor_for(config.vision), config)(ask(user(picture(), "a <pad> <image>")))
+    assert prompt.image_tokens == 4
+    assert max(prompt.ids) < size
+
+
 def test_pixels_of_another_size_than_the_towers_are_refused(tokenizers, configs):
     config = configs()
     stored = {"image_processor_type": "CLIPImageProcessor", "size": 56, "crop_size": 56}

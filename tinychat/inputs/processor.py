@@ -53,7 +53,10 @@ class Prompt:
 
 
 class Processor:
-    """Tokenizer, chat template and image processor of one model, and when its answers end."""
+    """Tokenizer, chat template and image processor of one model, and when its answers end.
+
+    Raises ModelError where tokenizer or image processor are those of another model.
+    """
 
     def __init__(
         self,
@@ -68,11 +71,13 @@ class Processor:
         self.config = config
         self.generation: dict[str, Any] = dict(generation or {})
         self.marked = MarkedTokenizer(tokenizer, config.image_token)
+        _check_vocabulary(tokenizer, config)
         named = (config.llm_cfg or {}).get("chat_template")
         default = "plain" if config.layout == "text" else "vicuna_v1"
         self.template: Template = choose(self.marked, template, named if isinstance(named, str) else None, default)
         self.tokens_per_image = config.tokens_per_image
-        self.placeholder_id = _first_int(config.image_token_id, self.marked.image_token_id, 0)
+        placeholder = _first_int(config.image_token_id, self.marked.image_token_id, 0)
+        self.placeholder_id = placeholder if placeholder < config.text.vocab_size else 0
         self.image_suffix_ids: list[int] = self.marked.encode(config.image_suffix) if config.image_suffix else []
         self.stop_ids, self.stop_strings = self._find_stops()
         self._mode = _mode(image_processor, config)
@@ -211,6 +216,15 @@ def _runs(parts: Iterable[Part]) -> Iterator[str | Image]:
 
 def _first_int(*values: int | None) -> int:
     return next(value for value in values if value is not None)
+
+
+def _check_vocabulary(tokenizer: FastTokenizer, config: VilaConfig) -> None:
+    """Every token that a prompt can hold has a row in the embedding; padding and pictures' places have none to need."""
+    unused = {tokenizer.pad_token, config.image_token}
+    largest = max((i for token, i in tokenizer.get_vocab().items() if token not in unused), default=0)
+    if largest >= config.text.vocab_size:
+        ids = f"has ids up to {largest:,}, the model's vocabulary has {config.text.vocab_size:,} tokens"
+        raise ModelError(f"the tokenizer {ids}", "copy the tokenizer files of this very model, or correct vocab_size")
 
 
 def _mode(image_processor: Any | None, config: VilaConfig) -> str:
