@@ -107,11 +107,32 @@ def test_what_is_suggested_fits(free, context, heads):
             assert check(narrow, shorter, **room).fits
 
 
+def test_the_mask_of_a_chunk_is_counted_in_what_is_suggested():
+    """A short context of a small model: what grows with the context is the mask, not the keys and values."""
+    small = config(num_hidden_layers=1, num_key_value_heads=1, hidden_size=64, intermediate_size=64, vocab_size=100)
+    room = {"weights_bytes": 2**20, "dtype": torch.float32, "free": GIB}
+    with pytest.raises(CapacityError, match=r"100000000 tokens of context .*; try --context \d+$") as caught:
+        check(small, 10**8, **room)
+    longest = int(caught.value.remedy.split()[-1])
+    assert longest > 4096
+    assert check(small, longest, **room).fits
+    with pytest.raises(CapacityError):
+        check(small, longest + planner.STEP, **room)
+
+
+def test_a_smaller_chunk_takes_less():
+    room = {"weights_bytes": FLOAT16, "dtype": torch.float16, "free": 40 * GIB}
+    whole, small = (check(config(), 4096, chunk=chunk, **room).activations for chunk in (512, 64))
+    assert 7 * small < whole <= 8 * small
+
+
 def test_smaller_weights_are_suggested_where_no_context_fits():
     assert refusal(8).endswith(
         "take a 4-bit checkpoint of this model, whose weights take about 3.3 GiB, or free memory"
     )
-    assert refusal(14, dtype=torch.float32).endswith("try --dtype bf16, where the weights take 12.6 GiB")
+    assert refusal(16, dtype=torch.float32).endswith("try --dtype bf16, where the weights take 12.6 GiB")
+    assert re.search(r"; try --dtype bf16 --context \d+$", refusal(14.5, dtype=torch.float32))
+    assert "--dtype" not in refusal(8, dtype=torch.float32)
     assert refusal(8, quantized=True).endswith("; free memory, or take a smaller model")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -11,11 +12,11 @@ import torch
 
 from tinychat.checkpoint import Index
 from tinychat.config import TextConfig, VilaConfig, VisionConfig
+from tinychat.engine.engine import CHUNK
 from tinychat.errors import CapacityError
 from tinychat_kernels.ref import SLICE
 
 GIB = 2**30
-CHUNK = 512  # tokens of a prefill chunk
 PACKED = (".qweight", ".qzeros", ".scales")  # stay as on disk
 WEIGHTS_A_WORD = 8
 MARGIN = 0.05  # of the rest, for what is not counted below
@@ -57,6 +58,38 @@ class Plan:
         return f"{_gib(self.total)} GiB are needed ({parts}, work space {work}), {_gib(self.free)} GiB are free"
 
 
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What decides how much memory a context takes."""
+
+    config: VilaConfig
+    weights: int
+    dtype: torch.dtype
+    device: torch.device
+    quantized: bool
+    chunk: int
+
+    def plan(self, context: int, free: int) -> Plan:
+        text, vision = self.config.text, self.config.vision
+        kv = kv_bytes(text, self.dtype) * context
+        unpacking = _slice_bytes(text, self.dtype) if self.quantized else 0
+        working = _chunk_bytes(text, context, min(self.chunk, context), self.dtype) + unpacking
+        encoding = _vision_bytes(vision, self.dtype) if vision is not None else 0
+        fixed = CUDA_CONTEXT if self.device.type == "cuda" else CPU_WORKSPACE
+        return Plan(context, self.weights, kv, working, encoding, fixed + int(MARGIN * (self.weights + kv)), free)
+
+    def longest(self, below: int, free: int) -> int:
+        """The most tokens of context that fit, in whole steps and below a context that does not; 0 where none does."""
+        contexts = range(0, below, STEP)
+        return (
+            max(0, bisect.bisect_right(contexts, free, key=lambda context: self.plan(context, free).total) - 1) * STEP
+        )
+
+    def narrowed(self) -> Need:
+        """The same in bfloat16, from float32."""
+        return replace(self, weights=self.weights // 2, dtype=torch.bfloat16)
+
+
 def check(
     config: VilaConfig,
     context: int,
@@ -66,13 +99,15 @@ def check(
     device: torch.device | str = "cpu",
     free: int | None = None,
     quantized: bool = False,
+    chunk: int = CHUNK,
 ) -> Plan:
     """The plan, if it fits. Raises CapacityError with one sentence: the figures, and what to change."""
     where = torch.device(device)
-    working = _chunk_bytes(config.text, context, dtype) + (_slice_bytes(config.text, dtype) if quantized else 0)
-    plan = _plan(config, context, weights_bytes, working, dtype, where, free_bytes(where) if free is None else free)
+    room = free_bytes(where) if free is None else free
+    need = Need(config, weights_bytes, dtype, where, quantized, chunk)
+    plan = need.plan(context, room)
     if not plan.fits:
-        raise CapacityError(plan.sentence, _remedy(plan, config.text, dtype, quantized))
+        raise CapacityError(plan.sentence, _remedy(need, plan))
     return plan
 
 
@@ -140,18 +175,8 @@ def _stays(index: Index, name: str) -> bool:
     return name.endswith(PACKED) or not index.dtype(name).is_floating_point
 
 
-def _plan(
-    config: VilaConfig, context: int, held: int, working: int, dtype: torch.dtype, device: torch.device, free: int
-) -> Plan:
-    kv = kv_bytes(config.text, dtype) * context
-    encoding = _vision_bytes(config.vision, dtype) if config.vision is not None else 0
-    fixed = CUDA_CONTEXT if device.type == "cuda" else CPU_WORKSPACE
-    return Plan(context, held, kv, working, encoding, fixed + int(MARGIN * (held + kv)), free)
-
-
-def _chunk_bytes(text: TextConfig, context: int, dtype: torch.dtype) -> int:
+def _chunk_bytes(text: TextConfig, context: int, tokens: int, dtype: torch.dtype) -> int:
     """Activations of one layer for a chunk: the residual stream, q, k and v, gate and up, the mask, and the logits."""
-    tokens = min(CHUNK, context)
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
     rows = 4 * text.hidden_size + 2 * heads * text.head_dim + 3 * text.intermediate_size
     return tokens * (rows * dtype.itemsize + context * 5) + text.vocab_size * 8
@@ -170,18 +195,24 @@ def _vision_bytes(vision: VisionConfig, dtype: torch.dtype) -> int:
     return tokens * (rows + vision.num_attention_heads * tokens) * dtype.itemsize + pixels
 
 
-def _remedy(plan: Plan, text: TextConfig, dtype: torch.dtype, quantized: bool) -> str:
+def _remedy(need: Need, plan: Plan) -> str:
     """What to change: a shorter context where that suffices, else smaller weights."""
-    spare = plan.free - (plan.total - plan.kv - int(MARGIN * plan.kv))
-    fitting = int(spare / (kv_bytes(text, dtype) * (1 + MARGIN))) // STEP * STEP
-    if fitting > 0:
+    if fitting := need.longest(plan.context, plan.free):
         return f"try --context {fitting}"
-    if dtype == torch.float32:
-        return f"try --dtype bf16, where the weights take {_gib(plan.weights // 2)} GiB"
-    if not quantized:
-        smaller = _gib(int(plan.weights / dtype.itemsize * BITS_4))
-        return f"take a 4-bit checkpoint of this model, whose weights take about {smaller} GiB, or free memory"
-    return "free memory, or take a smaller model"
+    if need.quantized:
+        return "free memory, or take a smaller model"
+    if need.dtype == torch.float32 and (advice := _narrower(need.narrowed(), plan)):
+        return advice
+    smaller = _gib(int(plan.weights / need.dtype.itemsize * BITS_4))
+    return f"take a 4-bit checkpoint of this model, whose weights take about {smaller} GiB, or free memory"
+
+
+def _narrower(need: Need, plan: Plan) -> str:
+    """Advice to take bfloat16, with as much context as then fits; nothing where even that does not fit."""
+    if need.plan(plan.context, plan.free).fits:
+        return f"try --dtype bf16, where the weights take {_gib(need.weights)} GiB"
+    fitting = need.longest(plan.context, plan.free)
+    return f"try --dtype bf16 --context {fitting}" if fitting else ""
 
 
 def _gib(count: int) -> str:
