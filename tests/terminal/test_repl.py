@@ -367,3 +367,19 @@ def test_a_pipe_is_read_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     out = capsys.readouterr().out.splitlines()
     assert (out[0], out[2]) == ("A **b**.[0m", "A **b**.[0m")
     assert [request.messages[-1].text for request in engine.requests] == ["one\ntwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [("one\n/no/such.png what?\n", 2), ("one\ntwo\n/xyzzy\n", 5), ("one\ntwo\n/quit\n", 5), ("one\n", 0)],
+)
+def test_failures_in_a_pipe_go_to_stderr_and_the_first_is_the_exit_code(
+    lines: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    failing = replace(FULL, message="it broke", remedy="mend it")
+    assert run_chat(Session(ScriptedEngine(["A.", failing]), store=Store(tmp_path))) == code
+    written = capsys.readouterr()
+    assert written.out.startswith("A.\n")
+    assert [word in written.out for word in ("it broke", "no picture", "no command")] == [False] * 3
+    assert ("it broke; mend it" in written.err, "no picture /no/such.png" in written.err) == (code == 5, code == 2)

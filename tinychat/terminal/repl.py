@@ -30,16 +30,19 @@ def run_chat(
 ) -> int:
     """Chat on the process's terminal, or with the lines of a pipe, until the user leaves; returns the exit code.
 
-    `images` wait for the first question. Raises MediaError where one of them cannot be read.
+    `images` wait for the first question. From a pipe, problems go to stderr and the code is that of the first failure.
+    Raises MediaError where one of the images cannot be read.
     """
-    screen = Screen(sys.stdout, plain)
-    chat = Chat(session, screen, stats=stats)
     interactive = is_interactive(sys.stdout)
+    screen = Screen(sys.stdout, plain, None if interactive else sys.stderr)
+    chat = Chat(session, screen, stats=stats)
     if interactive:
         screen.note(f"{title or 'tinychat'} · /help lists the commands, Ctrl-D leaves")
     if images:
         chat.stage(images)
-    return chat.run(make_editor(chat) if interactive else LineReader(sys.stdin))
+    if interactive:
+        return chat.run(make_editor(chat))
+    return chat.run(LineReader(sys.stdin)) or chat.failure
 
 
 def make_editor(chat: Chat) -> Editor:
@@ -51,7 +54,10 @@ def make_editor(chat: Chat) -> Editor:
 
 
 class Chat:
-    """The state of a chat on a terminal: the session, the pictures that wait, and whether Ctrl-C leaves."""
+    """The state of a chat on a terminal: the session, the pictures that wait, and whether Ctrl-C leaves.
+
+    `failure` is the exit code of the first failure, 0 without one.
+    """
 
     def __init__(
         self, session: Session, screen: Screen, *, stats: bool = False, inspect: Inspect = staging.inspect
@@ -60,6 +66,7 @@ class Chat:
         self.screen = screen
         self.stats = stats
         self.staged: tuple[Staged, ...] = ()
+        self.failure = 0
         self._inspect = inspect
         self._armed = False
 
@@ -93,6 +100,7 @@ class Chat:
         try:
             self._handle(unwrap(line), literal=is_block_start(line))
         except TinychatError as error:
+            self.failure = self.failure or error.exit_code
             self.screen.problem(clean_line(str(error)))
 
     def stage(self, images: Sequence[Image], remark: str = "") -> None:
@@ -147,6 +155,7 @@ class Chat:
         self.screen.note(note)
 
     def _explain_failure(self, failed: Failed) -> None:
+        self.failure = self.failure or failed.exit_code
         self.screen.problem(sentence(failed))
         if failed.exit_code == FULL and self.session.turns:
             self.screen.note(f"nothing of it was kept, Up brings it back; {MAKE_ROOM}")

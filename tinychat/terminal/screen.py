@@ -14,11 +14,16 @@ _DIM, _RED, _RESET = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 
 
 class Screen:
-    """The place where the chat writes; plain where that is asked for or the stream cannot more."""
+    """The place where the chat writes, plain where that is asked for or the stream cannot more.
 
-    def __init__(self, stream: TextIO, plain: bool = False) -> None:
+    Problems go to `errors` where that is given: what reads the answers is a program then.
+    """
+
+    def __init__(self, stream: TextIO, plain: bool = False, errors: TextIO | None = None) -> None:
         self.stream = stream
+        self.errors = stream if errors is None else errors
         self.plain = is_plain(stream, plain)
+        self._plain_errors = is_plain(self.errors, plain)
 
     def text(self, text: str) -> None:
         """Write lines as they are."""
@@ -26,11 +31,11 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Write what is worth knowing, dimmed."""
-        self._coloured(_DIM, text)
+        put(self.stream, _line(text, "" if self.plain else _DIM))
 
     def problem(self, text: str) -> None:
         """Write what went wrong."""
-        self._coloured(_RED, text)
+        put(self.errors, _line(text, "" if self._plain_errors else _RED))
 
     def columns(self, rows: Sequence[Sequence[str]]) -> None:
         """Write rows with their first columns aligned."""
@@ -47,6 +52,6 @@ class Screen:
         """What shows progress until the next answer begins."""
         return make_indicator(self.stream, self.plain)
 
-    def _coloured(self, colour: str, text: str) -> None:
-        text = clean(text)
-        put(self.stream, f"{text}\n" if self.plain else f"{colour}{text}{_RESET}\n")
+
+def _line(text: str, colour: str) -> str:
+    return f"{colour}{clean(text)}{_RESET if colour else ''}\n"
