@@ -90,10 +90,15 @@ def test_events_without_an_end_are_a_defect() -> None:
         print_answer([], out=io.StringIO(), err=io.StringIO())
 
 
+def test_one_token_is_one_token() -> None:
+    finished = Finished("r", "x", "", (1,), "eos", Usage(9, 0, 0, 1), Timings(), None)
+    assert stats_line(finished, 99).startswith("1 token · ")
+
+
 def test_the_statistics() -> None:
     timings = Timings(image_s=0.02, vision_s=0.2, prefill_s=0.1, ttft_s=0.32, prefill_tps=1200, decode_tps=21.25)
     finished = Finished("r", "x", "", (1,), "eos", Usage(1300, 576, 1180, 45), timings, None)
     assert stats_line(finished, 2048) == (
         "45 tokens at 21.2/s · prompt 1,300 (pictures 576, cached 1,180) at 1,200.0/s · "
-        "first token 0.32 s (decode 0.02 + vision 0.20 + prefill 0.10) · context 1,345 of 2,048"
+        "first token 0.32 s (pictures 0.02 + vision 0.20 + prefill 0.10) · context 1,345 of 2,048"
     )

@@ -35,10 +35,19 @@ def test_the_kind_suits_the_stream() -> None:
 def test_lines_tell_each_task_once() -> None:
     terminal = Emulator()
     indicator = LineIndicator(terminal)
-    for stage, done in (("images", 0), ("vision", 1), ("images", 1), ("vision", 2), ("prefill", 5)):
+    stages = (
+        ("prefill", 0),
+        ("images", 0),
+        ("vision", 1),
+        ("images", 1),
+        ("vision", 2),
+        ("prefill", 0),
+        ("prefill", 5),
+    )
+    for stage, done in stages:
         indicator.show(Progress("r", stage, done, 9))  # type: ignore[arg-type]
     indicator.stop()
-    assert terminal.getvalue() == "looking at 9 pictures\nreading 9 tokens\n"
+    assert terminal.getvalue() == "reading 9 tokens\nlooking at 9 pictures\n"
 
 
 def test_a_spinner_is_gone_when_it_stops() -> None:

@@ -295,6 +295,9 @@ def test_an_answer_cut_at_its_limit_says_how_to_allow_more(tmp_path: Path) -> No
     talk.engine.finish_reason = "length"
     talk.run("go")
     assert "cut after 2 tokens; /set max_new_tokens 4 allows more" in talk.written()
+    talk.engine.scripts = ["abc"]
+    talk.run("go")
+    assert "cut after 1 token; /set max_new_tokens 2 allows more" in talk.written()
 
 
 def test_set_and_stats(talk: Talk) -> None:

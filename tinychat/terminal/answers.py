@@ -75,15 +75,20 @@ def sentence(failed: Failed) -> str:
     return clean_line(f"{failed.message}; {failed.remedy}" if failed.remedy else failed.message)
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things: `1 token`, `1,234 tokens`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def stats_line(finished: Finished, context: int) -> str:
     """Tokens, tokens a second, the parts of the time to the first token, and how full the context is."""
     usage, timings = finished.usage, finished.timings
-    parts = (("decode", timings.image_s), ("vision", timings.vision_s), ("prefill", timings.prefill_s))
+    parts = (("pictures", timings.image_s), ("vision", timings.vision_s), ("prefill", timings.prefill_s))
     split = " + ".join(f"{name} {seconds:.2f}" for name, seconds in parts if seconds)
     used = usage.prompt_tokens + usage.completion_tokens
     return " · ".join(
         (
-            f"{usage.completion_tokens:,} tokens{_rate(timings.decode_tps)}",
+            f"{count(usage.completion_tokens, 'token')}{_rate(timings.decode_tps)}",
             f"prompt {usage.prompt_tokens:,} (pictures {usage.image_tokens:,}, cached {usage.cached_tokens:,})"
             + _rate(timings.prefill_tps),
             f"first token {timings.ttft_s:.2f} s" + (f" ({split})" if split else ""),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tinychat.errors import UsageError
-from tinychat.terminal.answers import stats_line
+from tinychat.terminal.answers import count, stats_line
 from tinychat.terminal.clean import clean_line
 from tinychat.terminal.paths import split_paths
 from tinychat.terminal.settings import change, current, known
@@ -166,7 +166,7 @@ def _load(chat: Chat, argument: str) -> None:
         chat.screen.problem(clean_line(warning))
     chat.staged = ()
     turns, images = chat.session.turns, chat.session.images
-    chat.screen.note(f"loaded: {_count(len(turns), 'question')}, {_count(len(images), 'picture')}")
+    chat.screen.note(f"loaded: {count(len(turns), 'question')}, {count(len(images), 'picture')}")
     if turns:
         chat.screen.text(f"> {turns[-1].user.text}\n{turns[-1].assistant.text}")
 
@@ -215,10 +215,6 @@ def _need(turn: Turn | None) -> Turn:
 def _excerpt(turn: Turn) -> str:
     text = clean_line(turn.user.text)
     return text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}…"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 COMMANDS = (

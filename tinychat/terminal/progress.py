@@ -54,19 +54,20 @@ class NoIndicator:
 
 
 class LineIndicator:
-    """One line a task, never redrawn: for screen readers and terminals without cursor movement."""
+    """One line a task, once an answer, never redrawn: for screen readers and terminals without cursor movement."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._task = ""
+        self._told: set[str] = set()
 
     def show(self, progress: Progress) -> None:
-        if self._task != _task(progress):
-            self._task = _task(progress)
-            put(self._stream, f"{self._task}\n")
+        task = _task(progress)
+        if task not in self._told:
+            self._told.add(task)
+            put(self._stream, f"{task}\n")
 
     def stop(self) -> None:
-        self._task = ""
+        self._told.clear()
 
 
 class SpinnerIndicator:

@@ -9,7 +9,7 @@ from tinychat.core import Event, Failed, Finished, Image
 from tinychat.errors import TinychatError, UsageError
 from tinychat.session import Session
 from tinychat.terminal import commands, staging
-from tinychat.terminal.answers import draw, sentence, stats_line
+from tinychat.terminal.answers import count, draw, sentence, stats_line
 from tinychat.terminal.clean import clean_line
 from tinychat.terminal.commands import Leave
 from tinychat.terminal.completion import ChatCompleter
@@ -169,7 +169,7 @@ class Chat:
             self.screen.problem(f"the context is full: {used:,} of {self.session.context:,} tokens; {MAKE_ROOM}")
         elif end.finish_reason == "length":
             tokens = end.usage.completion_tokens
-            self.screen.note(f"cut after {tokens:,} tokens; /set max_new_tokens {2 * tokens} allows more")
+            self.screen.note(f"cut after {count(tokens, 'token')}; /set max_new_tokens {2 * tokens} allows more")
         if self.stats:
             self.screen.note(stats_line(end, self.session.context))
 
