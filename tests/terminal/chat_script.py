@@ -10,7 +10,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from scripted_engine import ScriptedEngine  # noqa: E402
 
 from tinychat.session import Session  # noqa: E402
-from tinychat.terminal import run_chat  # noqa: E402
+from tinychat.terminal.repl import run_chat  # noqa: E402
 
 
 def main() -> int:
