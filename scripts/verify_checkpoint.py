@@ -26,10 +26,13 @@ import tinychat
 from tinychat import load, planner
 from tinychat.checkpoint import KeyReport, compare
 from tinychat.config import VilaConfig, read_config
-from tinychat.errors import CapacityError, TinychatError
+from tinychat.errors import CapacityError, ModelError, TinychatError
+from tinychat.terminal.clean import clean_line
 
 TEXT = "The three primary colours are red, yellow and"
+PART = " (the decoder alone; tower and projector by their names and shapes)"
 LISTED = 10
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 CLOSE = 1e-3  # of the logits' spread, in float32; 16-bit types are given 50 times that
 VERDICTS = {True: "right", False: "WRONG", None: "names and shapes are right, numbers were not compared"}
 Row = tuple[str, str]
@@ -81,12 +84,18 @@ def config_rows(config: VilaConfig) -> Iterator[Row]:
         yield "tokens a picture", f"{config.tokens_per_image} ({patches})"
 
 
-def subject(folder: Path, config: VilaConfig) -> Subject:
-    """A sentence, and for the transformers LLaVA layout a picture of noise before it."""
+def is_decoder_alone(source: load.Source) -> bool:
+    """Whether transformers has no class for the whole: VILA and original LLaVA folders, 4-bit weights on a CPU."""
+    return source.spec is not None or source.config.layout in ("vila", "llava")
+
+
+def subject(source: load.Source) -> Subject:
+    """A sentence, and where transformers reads the vision part too a picture of noise before it."""
+    folder, config = source.folder, source.config
     home = folder / "llm" if (folder / "llm").is_dir() else folder
-    words = transformers.AutoTokenizer.from_pretrained(home)
+    words = transformers.AutoTokenizer.from_pretrained(home, trust_remote_code=False)
     ids = words(TEXT, return_tensors="pt")["input_ids"]
-    if config.layout != "llava_hf" or config.vision is None or config.image_token_id is None:
+    if is_decoder_alone(source) or config.vision is None or config.image_token_id is None:
         return Subject(ids, None, 0, 0)
     count, side = config.tokens_per_image, config.vision.image_size
     slot = torch.full((1, count), config.image_token_id)
@@ -105,8 +114,8 @@ def by_ours(source: load.Source, dtype: torch.dtype, what: Subject, steps: int) 
 
 
 @torch.inference_mode()
-def by_transformers(folder: Path, config: VilaConfig, dtype: torch.dtype, what: Subject, steps: int) -> Greedy:
-    model = _their_class(config).from_pretrained(_their_folder(folder, config), dtype=dtype).eval()
+def by_transformers(source: load.Source, dtype: torch.dtype, what: Subject, steps: int) -> Greedy:
+    model = their_model(source, dtype).eval()
     pixels = {} if what.pixels is None else {"pixel_values": what.pixels.to(dtype)}
     out = model(input_ids=what.ids, use_cache=True, **pixels)
     cache = out.past_key_values
@@ -117,13 +126,59 @@ def by_transformers(folder: Path, config: VilaConfig, dtype: torch.dtype, what: 
     return _greedy(out.logits[:, -1:], decode, steps)
 
 
-def _their_class(config: VilaConfig) -> Any:
-    hf = config.layout == "llava_hf"
-    return transformers.LlavaForConditionalGeneration if hf else transformers.AutoModelForCausalLM
+def their_model(source: load.Source, dtype: torch.dtype) -> Any:
+    """As transformers loads it; where it cannot load the folder itself, its decoder with the folder's tensors."""
+    layout = source.config.layout
+    if source.spec is not None or layout == "llava":
+        return their_decoder(source, dtype)
+    kind = transformers.LlavaForConditionalGeneration if layout == "llava_hf" else transformers.AutoModelForCausalLM
+    folder = source.folder / "llm" if layout == "vila" else source.folder
+    return kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
 
 
-def _their_folder(folder: Path, config: VilaConfig) -> Path:
-    return folder / "llm" if config.layout == "vila" else folder
+def their_decoder(source: load.Source, dtype: torch.dtype) -> Any:
+    """transformers' class of the decoder, filled by the tensors as they are on disk, 4-bit ones dequantized here."""
+    raw = {name: value for name, value in (source.config.llm_cfg or {}).items() if name != "quantization_config"}
+    config = transformers.AutoConfig.for_model(**raw)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.load_state_dict(dict(decoder_tensors(source, dtype)), strict=False, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.tie_weights()
+    if empty := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise ModelError(f"transformers' {type(model).__name__} gets no {', '.join(empty)}", "report it")
+    return model
+
+
+def decoder_tensors(source: load.Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The decoder's float tensors by transformers' names."""
+    for name in source.index.names():
+        base, _, kind = name.rpartition(".")
+        if not name.startswith("llm.") or kind in ("qzeros", "scales"):
+            continue
+        if kind == "qweight":
+            parts = (source.index.get(f"{base}.{part}") for part in ("qweight", "qzeros", "scales"))
+            yield f"{base}.weight".removeprefix("llm."), unpacked(*parts).to(dtype)
+        else:
+            yield name.removeprefix("llm."), source.index.get(name).to(dtype)
+
+
+def unpacked(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """AWQ GEMM `[K, N / 8]`, `[K / group, N / 8]`, `[K / group, N]` -> float32 `[N, K]`, apart from the runtime's code.
+
+    An int32 holds eight columns, from its lowest four bits on those of NIBBLES.
+    """
+    rows, columns = qweight.shape[0], 8 * qweight.shape[1]
+
+    def columns_of(packed: Tensor) -> Tensor:
+        out = torch.empty(packed.shape[0], packed.shape[1], 8)
+        for at, column in enumerate(NIBBLES):
+            out[..., column] = ((packed >> 4 * at) & 15).float()
+        return out.reshape(-1, columns)
+
+    times = rows // scales.shape[0]
+    zeros, steps = (part.repeat_interleave(times, 0) for part in (columns_of(qzeros), scales.float()))
+    return ((columns_of(qweight) - zeros) * steps).T.contiguous()
 
 
 def _greedy(logits: Tensor, decode: Callable[[Tensor], Tensor], steps: int) -> Greedy:
@@ -157,23 +212,18 @@ def agreement(ours: Greedy, theirs: Greedy, dtype: torch.dtype) -> tuple[bool, s
 
 def comparison(source: load.Source, dtype: torch.dtype, steps: int) -> tuple[bool | None, str]:
     """Run both; None and the reason where they cannot be compared."""
-    if source.config.layout == "llava":
-        return None, "not run: transformers has no loader for the original LLaVA layout"
-    if source.spec is not None:
-        return None, "not run: transformers needs a GPU for AWQ weights"
-    what = subject(source.folder, source.config)
+    what = subject(source)
     try:
-        need = planner.weights_bytes(source.index, dtype)
+        need = planner.weights_bytes(source.index, dtype, source.spec is not None)
         length = what.ids.shape[1] + steps
         planner.check(source.config, length, weights_bytes=need, dtype=dtype, device="cpu")
     except CapacityError as error:
         return None, f"not run: {error.message}"
     ours = by_ours(source, dtype, what, steps)
     gc.collect()
-    theirs = by_transformers(source.folder, source.config, dtype, what, steps)
-    good, words = agreement(ours, theirs, dtype)
-    part = " (the decoder alone: transformers does not read VILA folders)" if source.config.layout == "vila" else ""
-    return good, words + part
+    good, words = agreement(ours, by_transformers(source, dtype, what, steps), dtype)
+    blind = what.pixels is None and source.config.vision is not None
+    return good, words + (PART if blind else "")
 
 
 def verify(name: str, args: argparse.Namespace) -> tuple[bool | None, list[Row]]:
@@ -203,7 +253,7 @@ def block(name: str, good: bool | None, rows: list[Row]) -> str:
     shown = Path(name).name if Path(name).exists() else name  # a local path is nobody's business
     lines = [("model", shown), *rows, ("versions", f"{versions}, {machine}"), ("verdict", VERDICTS[good])]
     width = max(len(label) for label, _ in lines)
-    return "\n".join(["```", *(f"{label:{width}}  {text}" for label, text in lines), "```"])
+    return "\n".join(["```", *(f"{label:{width}}  {clean_line(text)}" for label, text in lines), "```"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -217,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         good, rows = verify(args.model, args)
     except TinychatError as error:
-        print(error, file=sys.stderr)
+        print(clean_line(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     print(block(args.model, good, rows))
     return 3 if good is False else 0

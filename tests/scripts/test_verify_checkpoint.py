@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import verify_checkpoint as script
 from make_tiny_model import make_tiny_model
+from tinychat.errors import CapacityError
 from verify_checkpoint import Greedy, agreement, main
 
 
@@ -32,13 +33,50 @@ def test_a_right_checkpoint(tmp_path, capsys, layout):
     assert shown.get("tokens a picture") == (None if layout == "text" else "16 (56 pixels in patches of 14)")
 
 
-def test_what_cannot_be_compared_is_not_called_right(tmp_path, capsys):
-    for flags in ({"layout": "llava"}, {"layout": "text", "quantize": 32}):
-        code, found = run(capsys, make_tiny_model(tmp_path / flags["layout"], **flags))
-        assert code == 0
-        assert found["verdict"] == "names and shapes are right, numbers were not compared"
-    _, found = run(capsys, tmp_path / "text", "--keys-only")
-    assert "against transformers" not in found
+@pytest.mark.parametrize(
+    ("layout", "group"), [("llava", None), ("llava", 32), ("vila", 64), ("llava_hf", 32), ("text", 32)]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_cannot_load_is_compared_by_its_decoder(tmp_path, capsys, layout, group, tied):
+    folder = make_tiny_model(tmp_path / "model", layout, text="qwen2", quantize=group, tied=tied)
+    code, shown = run(capsys, folder, "--tokens", "6")
+    assert (code, shown["verdict"]) == (0, "right")
+    assert shown["against transformers"].startswith("6 of 6 greedy tokens equal, logits differ by ")
+    assert shown["against transformers"].endswith(script.PART) == (layout != "text")
+    assert shown["weights"] == (f"4-bit AWQ, groups of {group}" if group else "float")
+
+
+def test_numbers_of_4_bit_weights_that_differ_are_seen(tmp_path, capsys, monkeypatch):
+    """As if our unpacking took the nibbles in their order."""
+    monkeypatch.setattr(script, "NIBBLES", tuple(range(8)))
+    code, shown = run(capsys, make_tiny_model(tmp_path, "text", quantize=32))
+    assert (code, shown["verdict"]) == (3, "WRONG")
+
+
+def test_what_was_not_compared_is_not_called_right(tmp_path, capsys, monkeypatch):
+    folder = make_tiny_model(tmp_path / "model", "text")
+    code, shown = run(capsys, folder, "--keys-only")
+    assert "against transformers" not in shown
+    assert (code, shown["verdict"]) == (0, "names and shapes are right, numbers were not compared")
+
+    def full(*_args, **_how):
+        raise CapacityError("9 GiB are needed", "take less")
+
+    monkeypatch.setattr(script.planner, "check", full)
+    code, shown = run(capsys, folder)
+    assert (code, shown["against transformers"]) == (0, "not run: 9 GiB are needed")
+    assert shown["verdict"] == "names and shapes are right, numbers were not compared"
+
+
+def test_names_of_a_checkpoint_cannot_steer_the_terminal(tmp_path, capsys):
+    folder = make_tiny_model(tmp_path / "a\x1b[31mb", "text")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["sur\x1b]0;owned\x07\nprise"] = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors")
+    main([str(folder)])
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert "sur]0;owned prise" in out and "a[31mb" in out
 
 
 def test_wrong_keys_are_listed(tmp_path, capsys):
