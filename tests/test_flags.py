@@ -50,3 +50,7 @@ def test_max_memory_is_a_list_of_limits():
     assert parse_max_memory(None) is None
     with pytest.raises(UsageError, match=r"--max-memory has '10GiB'; write device=size"):
         parse_max_memory("10GiB")
+    with pytest.raises(UsageError, match=r"--max-memory has the size 'xyz' for cpu; write it as 10GiB, 500MB or 64KiB"):
+        parse_max_memory("cpu=xyz")
+    with pytest.raises(UsageError, match=r"--max-memory has the device 'gpu'; name cpu, or a CUDA device"):
+        parse_max_memory("gpu=1GiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Annotated, Any, get_type_hints
@@ -13,6 +14,7 @@ import typer
 from tinychat.core import SamplingParams, StoppingParams
 from tinychat.errors import UsageError
 
+SIZE = re.compile(r"\d+(\.\d+)?(GiB|MiB|KiB|GB|MB|KB)", re.IGNORECASE)
 VERBOSE = "verbose"  # the key in the root context's obj
 
 
@@ -196,7 +198,11 @@ def parse_max_memory(text: str | None) -> dict[int | str, str] | None:
         device, equals, size = (part.strip() for part in item.partition("="))
         if not (device and equals and size):
             raise UsageError(f"--max-memory has {item!r}", "write device=size, such as 0=10GiB,cpu=30GiB")
-        limits[int(device) if device.isdigit() else device] = size
+        if not SIZE.fullmatch(size):
+            raise UsageError(f"--max-memory has the size {size!r} for {device}", "write it as 10GiB, 500MB or 64KiB")
+        if not (device == "cpu" or device.isdecimal()):
+            raise UsageError(f"--max-memory has the device {device!r}", "name cpu, or a CUDA device by its number")
+        limits[int(device) if device.isdecimal() else device] = size
     return limits
 
 
