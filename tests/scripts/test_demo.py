@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+STREAMS = ("stdin", "stdout")
 SHOW = '#!/bin/sh\nfor word in "$@"; do echo "[$word]"; done\ncat\n'  # what it was given, then what is on stdin
 
 
@@ -32,11 +33,11 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def demo(checkout: Path, *arguments: str, terminal: int | None = None) -> subprocess.CompletedProcess[str]:
-    pipe = subprocess.PIPE if terminal is None else terminal
+    streams = {"input": "words\n", "stdout": subprocess.PIPE} if terminal is None else dict.fromkeys(STREAMS, terminal)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, sys.path)])
     return subprocess.run(
         [checkout / "scripts/demo", *arguments], env={**os.environ, "PYTHONPATH": path}, timeout=60,
-        stdin=pipe, stdout=pipe, stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, **streams,  # type: ignore[call-overload]
     )  # fmt: skip
 
 
