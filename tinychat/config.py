@@ -232,7 +232,8 @@ def read_config(folder: Path) -> VilaConfig:
     raw = read_json(folder / "config.json")
     for key in ("llm_cfg", "vision_tower_cfg", "mm_projector_cfg"):
         part = folder / key.removesuffix("_cfg") / "config.json"
-        if layout_of(raw) == "vila" and part.is_file():
+        listed = raw.get(key) is not None or "llm_cfg" not in raw  # a root that lists parts has no others
+        if layout_of(raw) == "vila" and listed and part.is_file():
             raw[key] = {**(raw[key] if isinstance(raw.get(key), dict) else {}), **read_json(part)}
         elif isinstance(raw.get(key), str):
             raw[key] = read_json(folder / raw[key] / "config.json")

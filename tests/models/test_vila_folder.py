@@ -11,6 +11,7 @@ from models.tiny import ids, llava_pair, pixels, text_pair
 from safetensors.torch import load_file
 from torch import nn
 
+from make_tiny_model import make_tiny_model
 from tinychat.layers.linear import QuantLinear
 from tinychat.models.vila_fusion import IMAGE_TOKEN_INDEX
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
@@ -83,3 +84,21 @@ def test_a_tied_head_is_written_once(tmp_path: Path) -> None:
     MODELS["tied"]().save_pretrained(tmp_path)
     names = load_file(tmp_path / "llm" / "model.safetensors")
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def test_a_part_that_the_model_lacks_is_removed(tmp_path: Path, eyes: VilaLlamaForCausalLM) -> None:
+    eyes.save_pretrained(tmp_path)
+    MODELS["text"]().save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "llm"]
+    again = VilaLlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.vision_tower is None and again.config.vision is None
+
+
+def test_a_linear_projector_has_the_names_of_vila(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "a", "vila", projector="linear")
+    before = VilaLlamaForCausalLM.from_pretrained(source)
+    before.save_pretrained(tmp_path / "b")
+    names = load_file(tmp_path / "b" / "mm_projector" / "model.safetensors")
+    assert set(names) == {"layers.weight", "layers.bias"}
+    after = VilaLlamaForCausalLM.from_pretrained(tmp_path / "b").state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.state_dict().items())

@@ -26,15 +26,27 @@ def save_folder(model: VilaLlamaForCausalLM, folder: Path) -> None:
         if isinstance(module, nn.Module):
             write_safetensors(_tensors(module), folder / name)
             _write_json(folder / name / "config.json", _part_config(model.config, key))
+        else:
+            _remove_part(folder / name)
     _write_json(folder / "config.json", _root_config(model))
 
 
+def _remove_part(folder: Path) -> None:
+    """What an earlier save wrote of a part that the model does not have; other files stay."""
+    for pattern in ("config.json", "model*.safetensors", "model.safetensors.index.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The part's tensors under its own names, a tied head left out."""
+    """The part's tensors under VILA's names, a tied head left out; a linear projector is one layer, not a list."""
+    linear = getattr(getattr(module, "config", None), "type", None) == "linear"
     tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
     for name, tensor in module.state_dict().items():
         if not (tied and name == "lm_head.weight"):
-            yield name, tensor.detach().cpu().contiguous()
+            yield name.replace("layers.0.", "layers.") if linear else name, tensor.detach().cpu().contiguous()
 
 
 def _part_config(config: VilaConfig, key: str) -> dict[str, Any]:
