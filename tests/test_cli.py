@@ -308,12 +308,17 @@ def hi() -> Request:
     ("flags", "code", "sentence"),
     [
         (["-m", "no/such/folder"], 3, "error: there is no folder no/such/folder"),
-        (["--context", "100000000000"], 5, "GiB are needed"),
+        (
+            ["--context", "601"],
+            2,
+            "error: a context of 601 tokens is asked for, the model is made for 600; try --context",
+        ),
+        (["--device-map", "auto", "--max-memory", "cpu=1MiB"], 5, "GiB are needed"),
         (["--template", "nope"], 2, "error: there is no template 'nope'"),
         (["--dtype", "int3"], 2, "error: dtype is 'int3'; give one of"),
         (["--device", "tpus"], 2, "error: there is no device 'tpus'; give cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], 2, "CUDA devices, not cuda:99; see `tinychat doctor`"),
-        (["--max-memory", "0=1GiB"], 2, "error: max_memory is given without device_map"),
+        (["--max-memory", "0=1GiB"], 2, "error: --max-memory is given without --device-map"),
         (["--max-memory", "1GiB", "--device-map", "auto"], 2, "error: --max-memory has '1GiB'"),
     ],
 )

@@ -319,11 +319,11 @@ def test_arguments_that_cannot_be_are_named(tmp_path):
     folder = make_tiny_model(tmp_path, "text")
     with pytest.raises(UsageError, match="dtype is 'int4'; give one of float16, bfloat16, float32, fp16, bf16, fp32"):
         load_model(folder, dtype="int4")
-    with pytest.raises(UsageError, match="both device and device_map are given"):
+    with pytest.raises(UsageError, match="both a --device and a --device-map are given"):
         load_model(folder, device="cpu", device_map="auto")
-    with pytest.raises(UsageError, match="max_memory is given without device_map"):
+    with pytest.raises(UsageError, match="--max-memory is given without --device-map; add a device map"):
         load_model(folder, max_memory={"cpu": "1GB"})
-    with pytest.raises(UsageError, match="device_map is 'best'"):
+    with pytest.raises(UsageError, match="the device map is 'best'"):
         load_model(folder, device_map="best")
 
 
@@ -334,10 +334,52 @@ def test_device_maps(tmp_path, device_map):
     assert torch.equal(model.llm.lm_head.weight, load_model(folder, device="cpu").llm.lm_head.weight)
 
 
-def test_a_device_map_without_room_raises(tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("300KB", r"\d+ parts of the model \(.+, \.\.\.\) fit on no device within the memory allowed"),
+        ("1KB", "the whole model fits on no device within the memory allowed; allow more memory"),
+    ],
+)
+def test_a_device_map_without_room_raises(tmp_path, limit, words):
     folder = make_tiny_model(tmp_path, "text")
-    with pytest.raises(CapacityError, match=r"parts of the model \(.*\) fit on no device within max_memory"):
-        load_model(folder, device_map="sequential", max_memory={"cpu": "50KB"})
+    with pytest.raises(CapacityError, match=words):
+        load_model(folder, device_map="sequential", max_memory={"cpu": limit})
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+def test_a_device_map_is_planned_for_with_the_memory_of_its_devices(tmp_path, monkeypatch, device_map):
+    folder = make_tiny_model(tmp_path, "text")
+    assert load.load(folder, device_map=device_map)[0].device.type == "cpu"
+    monkeypatch.setattr("tinychat.checkpoint.stream_into", None)
+    with pytest.raises(CapacityError, match=r"GiB are needed .*, 0\.020 GiB are free"):
+        load.load(folder, device_map=device_map, max_memory={"cpu": "20MiB"})
+    monkeypatch.setattr("tinychat.planner.free_bytes", lambda device: 10 * 2**20)
+    with pytest.raises(CapacityError, match=r"0\.010 GiB are free"):
+        load.load(folder, device_map=device_map, max_memory={"cpu": "20MiB"})
+
+
+@pytest.mark.parametrize(
+    ("device_map", "limits", "words"),
+    [
+        ("auto", {"cpu": "xyz"}, "the limit of memory 'xyz' is no size; give bytes, or such as 10GiB"),
+        ("auto", {99: "1GiB"}, "CUDA devices, not cuda:99"),
+        ({"": "disk"}, None, "there is no device 'disk'"),
+    ],
+)
+def test_devices_and_sizes_that_are_none(tmp_path, device_map, limits, words):
+    with pytest.raises(UsageError, match=words):
+        load.load(make_tiny_model(tmp_path, "text"), device_map=device_map, max_memory=limits)
+
+
+def test_a_context_longer_than_the_positions_is_refused(tmp_path):
+    folder = make_tiny_model(tmp_path, "text", max_positions=600)
+    with pytest.raises(UsageError, match="a context of 601 tokens is asked for, the model is made for 600; try --cont"):
+        load.load(folder, context=601)
+    config = open_source(folder).config
+    assert [load.choose_context(config, asked) for asked in (None, 600, 7)] == [600, 600, 7]
+    config.llm_cfg["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+    assert load.choose_context(config, 601) == 601
 
 
 def test_progress_counts_the_tensors(tmp_path):
@@ -488,5 +530,5 @@ def test_dequantized_weights_say_the_same_and_are_planned_for(tmp_path: Path):
 
 
 def test_dequantize_excludes_a_device_map():
-    with pytest.raises(UsageError, match="both dequantize and device_map"):
+    with pytest.raises(UsageError, match="both --dequantize and a --device-map"):
         Placement(device_map="auto", dequantize=True)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell shows of a process that SIGPIPE ended
-DTYPES: dict[str | None, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EMBEDDED = "embedded"  # the model's name where --model is not given
 BadUsage = typer.BadParameter.__bases__[0]  # the parser's error for any wrong flag, argument or verb
 
@@ -203,22 +202,20 @@ def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:
     import torch
 
     from tinychat import load
-    from tinychat.engine.engine import CONTEXT, Engine
-    from tinychat.inputs.processor import Processor
+    from tinychat.engine.engine import Engine
 
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     placement = _placement(flags)
-    source = load.open_source(load.resolve(flags.model, flags.revision))
-    context = flags.context or min(source.config.text.max_position_embeddings, CONTEXT)
-    if flags.device_map is None:
-        load.plan(source, context, placement)
+    folder = load.resolve(flags.model, flags.revision)
     started = time.perf_counter()
-    processor = Processor.from_folder(source.folder, source.config, flags.template)
     with _progress(plain) as report:
-        model = load.assemble(source, placement, report)
-    engine = Engine(model, processor, context=context, chunk=flags.chunk, load_s=time.perf_counter() - started)
-    return Loaded(model, processor, engine)
+        ready = load.load_folder(
+            folder, placement, context=flags.context, chunk=flags.chunk, template=flags.template, progress=report
+        )
+    load_s = time.perf_counter() - started
+    engine = Engine(ready.model, ready.processor, context=ready.context, chunk=flags.chunk, load_s=load_s)
+    return Loaded(ready.model, ready.processor, engine)
 
 
 def _placement(flags: ModelFlags) -> Placement:
@@ -236,8 +233,7 @@ def _placement(flags: ModelFlags) -> Placement:
         raise UsageError(
             f"torch finds {count} CUDA devices, not {device}", "see `tinychat doctor`, or give --device cpu"
         )
-    dtype, memory = DTYPES.get(flags.dtype, flags.dtype), parse_max_memory(flags.max_memory)
-    return Placement(dtype, device, flags.device_map, memory, flags.dequantize)
+    return Placement(flags.dtype, device, flags.device_map, parse_max_memory(flags.max_memory), flags.dequantize)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tinychat import checkpoint
 from tinychat.checkpoint import Index
 from tinychat.config import VilaConfig, read_config, read_json
 from tinychat.core import Progress
+from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import CapacityError, ModelError, UsageError
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
@@ -74,18 +76,14 @@ def load(
     context: int | None = None,
     progress: Report | None = None,
 ) -> tuple[VilaLlamaForCausalLM, Processor]:
-    """The model and its processor. With `context` the memory for it is checked before anything is loaded.
+    """The model and its processor; the memory for them and for `context` tokens is checked before anything is loaded.
 
-    Raises ModelError and FormatError as load_model does, CapacityError where memory does not suffice.
+    Raises ModelError and FormatError as load_model does, UsageError for a context that is longer than the model's,
+    CapacityError where memory does not suffice.
     """
-    from tinychat.inputs.processor import Processor
-
-    source = open_source(resolve(model_id, revision))
     placement = Placement(dtype, device, device_map, max_memory)
-    if context is not None and device_map is None:
-        plan(source, context, placement)
-    model = assemble(source, placement, progress)
-    return model, Processor.from_folder(source.folder, source.config)
+    ready = load_folder(resolve(model_id, revision), placement, context=context, progress=progress)
+    return ready.model, ready.processor
 
 
 def load_model(
@@ -130,11 +128,55 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.dequantize and self.device_map is not None:
-            raise UsageError("both dequantize and device_map are given", "give one of the two")
+            raise UsageError("both --dequantize and a --device-map are given", "give one of the two")
         if self.device is not None and self.device_map is not None:
-            raise UsageError("both device and device_map are given", "give one of the two")
+            raise UsageError("both a --device and a --device-map are given", "give one of the two")
         if self.max_memory is not None and self.device_map is None:
-            raise UsageError("max_memory is given without device_map", "add device_map='auto'")
+            raise UsageError("--max-memory is given without --device-map", "add a device map, such as auto")
+
+    @property
+    def main_device(self) -> torch.device:
+        """Where the model computes: the device, or with a device map CUDA."""
+        if self.device_map is not None:
+            return torch.device("cuda")
+        return default_device() if self.device is None else torch.device(self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A model, its processor, and the tokens of context that memory was found for."""
+
+    model: VilaLlamaForCausalLM
+    processor: Processor
+    context: int
+
+
+def load_folder(
+    folder: Path,
+    placement: Placement,
+    *,
+    context: int | None = None,
+    chunk: int = CHUNK,
+    template: str | None = None,
+    progress: Report | None = None,
+) -> Ready:
+    """The assembly line: everything that can be refused is refused before the weights' data is read."""
+    from tinychat.inputs.processor import Processor
+
+    source = open_source(folder)
+    tokens = choose_context(source.config, context)
+    plan(source, tokens, placement, chunk)
+    processor = Processor.from_folder(source.folder, source.config, template)
+    return Ready(assemble(source, placement, progress), processor, tokens)
+
+
+def choose_context(config: VilaConfig, asked: int | None) -> int:
+    """The context asked for, else what the engine takes. Raises UsageError beyond what the positions are made for."""
+    longest, kind = config.text.max_position_embeddings, config.text.rope.type
+    if asked is not None and asked > longest and kind != "dynamic":
+        message = f"a context of {asked} tokens is asked for, the model is made for {longest}"
+        raise UsageError(message, f"try --context {longest}")
+    return asked or min(longest, CONTEXT)
 
 
 def open_source(folder: Path) -> Source:
@@ -158,8 +200,7 @@ def open_index(folder: Path, config: VilaConfig) -> Index:
 
 def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:
     """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time."""
-    device = default_device() if placement.device is None else torch.device(placement.device)
-    dtype = choose_dtype(source, placement.dtype, device if placement.device_map is None else torch.device("cuda"))
+    device, dtype = placement.main_device, choose_dtype(source, placement.dtype, placement.main_device)
     model = empty_model(source.config, dtype, source.spec)
     device_map = None
     if placement.device_map is not None:
@@ -171,15 +212,54 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
     return _dispatched(model, device_map) if device_map else model
 
 
-def plan(source: Source, context: int, placement: Placement) -> Plan:
+def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK) -> Plan:
     """Whether the model and a context of so many tokens fit. Raises CapacityError where they do not."""
     from tinychat import planner
 
-    where = default_device() if placement.device is None else torch.device(placement.device)
+    where = placement.main_device
     kind = choose_dtype(source, placement.dtype, where)
-    held = planner.weights_bytes(source.index, kind, placement.dequantize)
-    packed = source.spec is not None and not placement.dequantize
-    return planner.check(source.config, context, weights_bytes=held, dtype=kind, device=where, quantized=packed)
+    return planner.check(
+        source.config,
+        context,
+        weights_bytes=planner.weights_bytes(source.index, kind, placement.dequantize),
+        dtype=kind,
+        device=where if placement.device_map is None else default_device(),
+        free=None if placement.device_map is None else _room(placement.device_map, placement.max_memory),
+        quantized=source.spec is not None and not placement.dequantize,
+        chunk=chunk,
+    )
+
+
+def _room(device_map: str | Mapping[str, Any], max_memory: MaxMemory) -> int:
+    """Bytes on all devices of a map together, each up to its limit."""
+    from tinychat import planner
+
+    limits = dict(max_memory or {})
+    every: list[Any] = list(limits) or [*range(torch.cuda.device_count()), "cpu"]
+    used = every if isinstance(device_map, str) else dict.fromkeys(device_map.values())
+    return sum(min(_size(limits.get(name, sys.maxsize)), planner.free_bytes(_present(name))) for name in used)
+
+
+def _present(name: str | int | torch.device) -> torch.device:
+    """A device of a map. Raises UsageError for one that is not here."""
+    count = torch.cuda.device_count()
+    try:
+        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {name!r}", "name cpu, or a CUDA device by its number") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"torch finds {count} CUDA devices, not {device}", "name cpu, or a smaller number")
+    return device
+
+
+def _size(limit: int | str) -> int:
+    """Bytes, from a number or accelerate's notation. Raises UsageError for anything else."""
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    try:
+        return convert_file_size_to_int(limit)
+    except ValueError as error:
+        raise UsageError(f"the limit of memory {limit!r} is no size", "give bytes, or such as 10GiB") from error
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
@@ -359,15 +439,19 @@ def _device_map(
     from accelerate.utils import get_balanced_memory
 
     if asked not in ("auto", "sequential"):
-        raise UsageError(f"device_map is {asked!r}", "give auto, sequential, or a mapping of modules to devices")
+        raise UsageError(f"the device map is {asked!r}", "give auto, sequential, or a mapping of modules to devices")
     whole: Json = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
     memory = dict(max_memory) if max_memory is not None else None
     if asked == "auto":
         memory = get_balanced_memory(model, memory, **whole)
     found = infer_auto_device_map(model, memory, **whole)
     if homeless := [name for name, device in found.items() if device == "disk"]:
-        message = f"{len(homeless)} parts of the model ({homeless[0]}, ...) fit on no device within max_memory"
-        raise CapacityError(message, "allow more memory, or take a 4-bit checkpoint")
+        which = (
+            f"{len(homeless)} parts of the model ({homeless[0]}, ...) fit" if homeless[0] else "the whole model fits"
+        )
+        raise CapacityError(
+            f"{which} on no device within the memory allowed", "allow more memory, or take a 4-bit checkpoint"
+        )
     return found
 
 
