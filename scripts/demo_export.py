@@ -36,8 +36,8 @@ PREPROCESSOR: dict[str, object] = {
 CARD = """# The tinychat demo model
 
 A toy, made so that `tinychat` can be tried, tested and measured without a download. It was trained on generated
-pictures of coloured shapes, numbers, short words and small bar charts, {size} x {size} pixels, and a few phrases. It does not
-know the world: photographs and general questions are beyond it, and it was taught to say so.
+pictures of coloured shapes, numbers, short words and small bar charts, {size} x {size} pixels, and a few
+phrases. It does not know the world: photographs and general questions are beyond it, and it was taught to say so.
 
 - Architecture: CLIP-shaped tower, two-layer projector, Llama-shaped decoder; {params:.1f} million parameters, of which
   {float_params:.1f} million are stored in 16 bit and the rest in 4 bit (AWQ GEMM layout, groups of 128, rounded to the
