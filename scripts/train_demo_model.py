@@ -5,7 +5,8 @@
     scripts/train_demo_model.py --run runs/demo --export tinychat/assets/demo
 
 The learning rate rises over the first 1 % of --samples, stays, and falls to nothing over the last 75 %. Matrices are
-trained with Muon, everything else with AdamW. Two losses: the next token of every answer, and, on the vision tower's
+trained with Muon, everything else with AdamW. On Linux glibc's malloc lets the memory grow and the speed sink with the
+hours: preload jemalloc. Two losses: the next token of every answer, and, on the vision tower's
 features, what covers each patch (shape or character, colour, centre), which generated pictures give for free.
 """
 
@@ -161,9 +162,27 @@ class State:
         self.seen = parts["seen"]
 
 
+def sines(grid: int, width: int) -> Tensor:
+    """[grid * grid, width]: sine and cosine of row and column at falling frequencies (arXiv 1706.03762, in 2-D)."""
+    frequencies = 100.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
+    angles = torch.arange(grid)[:, None] * frequencies
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)
+    rows, columns = waves[:, None].expand(-1, grid, -1), waves[None].expand(grid, -1, -1)
+    return torch.cat((rows, columns), dim=2).reshape(grid * grid, width)
+
+
+@torch.no_grad()
+def place_patches(model: VilaLlamaForCausalLM) -> None:
+    """Begin with position embeddings that tell a patch's place, as loud as its content: random ones drown in it."""
+    assert model.vision_tower is not None
+    table: Tensor = model.vision_tower.vision_model.embeddings.position_embedding.weight
+    table[1:] = 0.2 * sines(GRID, table.shape[1])
+
+
 def new_state(tokenizer: PreTrainedTokenizerFast, device: str) -> State:
     torch.manual_seed(0)
     model = VilaLlamaForCausalLM(demo_config(len(tokenizer)))
+    place_patches(model)
     nn.Module.to(model, device)
     assert model.config.vision is not None
     dense = DenseHeads(model.config.vision.hidden_size).to(device)

@@ -83,6 +83,17 @@ def test_batches_go_on_where_they_stopped() -> None:
     assert sorted(sum(whole[:16], [])) == sorted(sample_at("train", i).turns[0].question for i in range(48))
 
 
+def test_patches_begin_with_their_place(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Neighbours are alike, and every place is told from every other."""
+    table = training.sines(8, 192)
+    likeness = torch.nn.functional.normalize(table) @ torch.nn.functional.normalize(table).T
+    assert float((likeness - torch.eye(64)).max()) < 0.999
+    assert likeness[0, 1] > likeness[0, 4] and likeness[0, 8] > likeness[0, 32]
+    tower = training.new_state(tokenizer, "cpu").model.vision_tower
+    assert tower is not None
+    assert torch.allclose(tower.vision_model.embeddings.position_embedding.weight[1:], 0.2 * table)
+
+
 def test_the_learning_rate_rises_stays_and_falls() -> None:
     shares = [training.schedule(done / 1000) for done in range(1001)]
     assert shares[0] == shares[-1] == 0 and max(shares) == shares[200] == 1
