@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.activations import ACT2FN
@@ -23,6 +24,7 @@ Json = dict[str, Any]
 Layout = Literal["vila", "llava", "llava_hf", "text"]
 TokenOrder = Literal["row", "column"]
 
+FLOAT_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TEXT_FAMILIES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ASPECT_RATIOS = (None, "pad", "resize", "square")  # how a picture becomes the tower's square; None and square: plain

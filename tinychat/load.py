@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tinychat import checkpoint
 from tinychat.checkpoint import Index
-from tinychat.config import VilaConfig, read_config, read_json
+from tinychat.config import FLOAT_TYPES, VilaConfig, read_config, read_json
 from tinychat.core import Progress
 from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import CapacityError, ModelError, UsageError
@@ -33,7 +33,6 @@ MaxMemory = Mapping[int | str, int | str] | None
 Report = Callable[[Progress], None]
 
 EMBEDDED = Path(__file__).parent / "assets" / "demo" / "model"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 FLOAT32_LIMIT = 2**30  # bytes up to which a CPU takes 16-bit weights as float32: exact, and faster to compute with
 WORDS = ["*.json", "*.jinja", "*.txt", "*.model"]  # configs, chat templates, vocabularies
@@ -345,14 +344,14 @@ def choose_dtype(source: Source, asked: Dtype, device: torch.device) -> torch.dt
         return asked
     if asked not in (None, "auto"):
         name = asked.removeprefix("torch.")
-        if (name := SHORT.get(name, name)) not in DTYPES:
-            raise UsageError(f"dtype is {asked!r}", f"give one of {', '.join((*DTYPES, *SHORT))}")
-        return DTYPES[name]
+        if (name := SHORT.get(name, name)) not in FLOAT_TYPES:
+            raise UsageError(f"dtype is {asked!r}", f"give one of {', '.join((*FLOAT_TYPES, *SHORT))}")
+        return FLOAT_TYPES[name]
     if device.type == "cpu" and planner.float_bytes(source.index, torch.float32) <= FLOAT32_LIMIT:
         return torch.float32
     config, stored = source.config, source.index.dtype("llm.model.embed_tokens.weight")
     named = str(config.dtype or getattr(config, "model_dtype", "")).removeprefix("torch.")
-    return DTYPES.get(named, stored)
+    return FLOAT_TYPES.get(named, stored)
 
 
 def default_device() -> torch.device:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tinychat.config import VilaConfig
+from tinychat.config import FLOAT_TYPES, VilaConfig
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.kv_cache import KVCache, KVPool, start_positions
 from tinychat.models import vila_fusion
@@ -27,8 +27,6 @@ from tinychat.models.vila_fusion import IMAGE_TOKEN_INDEX
 
 CHUNK = 512  # tokens of a prefill chunk: activation memory does not grow with the prompt
 OWNED_CAPACITY = 4096  # tokens a row of a cache that nobody sized
-
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel):
@@ -246,9 +244,9 @@ def _dtype_of(config: VilaConfig, device: torch.device) -> torch.dtype:
     name = str(config.dtype or getattr(config, "model_dtype", "") or "").removeprefix("torch.")
     if not name:
         return torch.float16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ModelError(f"model_dtype {name!r} is not a float type", f"use one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in FLOAT_TYPES:
+        raise ModelError(f"model_dtype {name!r} is not a float type", f"use one of {', '.join(FLOAT_TYPES)}")
+    return FLOAT_TYPES[name]
 
 
 __all__ = ["IMAGE_TOKEN_INDEX", "VilaLlamaForCausalLM"]
