@@ -18,7 +18,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import demo_tokenizer
 from tinychat.eval import demo
-from tinychat.eval.demo import beyond, dialogues, heldout, phrases, pictures, questions, samples, scenes, showcase
+from tinychat.eval.demo import (
+    beyond,
+    dense,
+    dialogues,
+    heldout,
+    phrases,
+    pictures,
+    questions,
+    samples,
+    scenes,
+    showcase,
+)
 from tinychat.eval.demo.questions import Asker, Turn
 from tinychat.eval.demo.scenes import GRID, IMAGE_SIZE, PATCH, Background, Scene, Shape
 
@@ -58,11 +69,11 @@ def test_splits_and_seeds_share_no_picture():
 def test_shapes_and_types_of_a_sample(split: demo.Split):
     for index in range(30):
         sample = demo.sample_at(split, index)
-        assert sample.dense.shape == (len(sample.pictures), 3, GRID, GRID)
+        assert sample.dense.shape == (len(sample.pictures), len(demo.CLASSES), GRID, GRID)
         assert all(p.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and p.dtype == np.uint8 for p in sample.pictures)
         assert sum(turn.pictures for turn in sample.turns) == len(sample.pictures)
         assert 1 <= len(sample.turns) <= dialogues.MAX_TURNS
-        assert all((sample.dense[:, i] < classes).all() for i, classes in enumerate(demo.DENSE_CLASSES))
+        assert all((sample.dense[:, i] < classes).all() for i, classes in enumerate(demo.CLASSES.values()))
         assert {turn.task for turn in sample.turns} <= set(demo.TASKS)
 
 
@@ -73,12 +84,36 @@ def test_the_number_of_pictures_can_be_asked_for(count: int):
 
 def test_dense_labels_lie_on_what_they_name():
     shape = Shape("star", "red", (255, 0, 0), 40.0, 60.0, 14.0, 0.0)
-    labels = scenes.dense(Scene(PLAIN, (shape,)))
+    labels = dense.dense(Scene(PLAIN, (shape,)))
     row, column = int(60 // PATCH), int(40 // PATCH)
     assert labels[0, row, column] == 1 + scenes.SHAPES.index("star")
     assert labels[1, row, column] == 1 + scenes.COLOURS.index("red")
     assert np.argwhere(labels[2]).tolist() == [[row, column]]
-    assert labels[:, 0].sum() == 0 and labels[:, :, -1].sum() == 0
+    things = labels[: dense.CHANNELS.index("total")]
+    assert things[:, 0].sum() == 0 and things[:, :, -1].sum() == 0
+
+
+def test_dense_labels_tell_how_a_thing_stands_among_the_others():
+    red, blue = (255, 0, 0), (0, 0, 255)
+    shapes = (
+        Shape("star", "red", red, 20.0, 80.0, 8.0, 0.0),
+        Shape("heart", "blue", blue, 48.0, 16.0, 14.0, 0.0),
+        Shape("star", "blue", blue, 78.0, 50.0, 10.0, 0.0),
+    )
+    labels = dense.dense(Scene(PLAIN, shapes))
+    told = {
+        name: [int(labels[i, int(s.y // PATCH), int(s.x // PATCH)]) for s in shapes]
+        for i, name in enumerate(dense.CHANNELS)
+    }
+    assert told["size"] == [1, 4, 2]
+    assert told["place"] == [7, 2, 6]
+    assert told["order"] == [1, 2, 3]
+    assert told["across"] == [dense.FIRST, dense.BETWEEN, dense.LAST]
+    assert told["down"] == [dense.LAST, dense.FIRST, dense.BETWEEN]
+    assert told["extent"] == [dense.LAST, dense.FIRST, dense.BETWEEN]
+    assert told["like_colour"] == [1, 2, 2]
+    assert told["like_kind"] == [2, 1, 2]
+    assert (labels[dense.CHANNELS.index("total")] == 3).all()
 
 
 def test_dense_labels_agree_with_the_pixels():
@@ -87,7 +122,7 @@ def test_dense_labels_agree_with_the_pixels():
         scene = replace(scenes.compose_shapes(rng, pictures.TRAINING, 4), background=PLAIN)
         painted = np.asarray(pictures.render(rng, scene, 1, vary=False))
         inked = (painted != GROUND).any(-1).reshape(GRID, PATCH, GRID, PATCH).mean((1, 3))
-        labelled = scenes.dense(scene)[0] > 0
+        labelled = dense.dense(scene)[0] > 0
         assert labelled[inked > 0.8].all()
         inside += list(inked[labelled] > 0)
     assert np.mean(inside) > 0.9

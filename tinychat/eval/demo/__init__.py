@@ -7,29 +7,19 @@ picture comes later, after which the questions are about that one.
 
 from __future__ import annotations
 
+from tinychat.eval.demo.dense import CLASSES
 from tinychat.eval.demo.dialogues import TASKS
 from tinychat.eval.demo.evaluation import correct, export_task_set, task_questions
 from tinychat.eval.demo.questions import Turn
 from tinychat.eval.demo.samples import SPLITS, Sample, Split, sample, sample_at
-from tinychat.eval.demo.scenes import (
-    CENTRE_CLASSES,
-    COLOUR_CLASSES,
-    DENSE_CLASSES,
-    GRID,
-    IMAGE_SIZE,
-    PATCH,
-    SHAPE_CLASSES,
-)
+from tinychat.eval.demo.scenes import GRID, IMAGE_SIZE, PATCH
 from tinychat.eval.demo.showcase import draw_samples
 
 __all__ = [
-    "CENTRE_CLASSES",
-    "COLOUR_CLASSES",
-    "DENSE_CLASSES",
+    "CLASSES",
     "GRID",
     "IMAGE_SIZE",
     "PATCH",
-    "SHAPE_CLASSES",
     "SPLITS",
     "TASKS",
     "Sample",

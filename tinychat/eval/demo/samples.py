@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from tinychat.eval.demo import beyond, dialogues, heldout, phrases, pictures, questions, scenes
+from tinychat.eval.demo import beyond, dense, dialogues, heldout, phrases, pictures, questions, scenes
 from tinychat.eval.demo.questions import Asker, Chain, Phrases, Turn
 from tinychat.eval.demo.scenes import Scene, Style
 
@@ -19,7 +19,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Pictures [S, S, 3] uint8, the turns about them, a system prompt or none, dense labels [N, 3, GRID, GRID]."""
+    """Pictures [S, S, 3] uint8, the turns about them, a system prompt or none, dense labels [N, C, GRID, GRID]."""
 
     pictures: tuple[np.ndarray, ...]
     turns: tuple[Turn, ...]
@@ -144,8 +144,8 @@ def sample(rng: random.Random, split: Split, pictures: int | None = None) -> Sam
     """A sample of a split, drawn with `rng`; `pictures` (0, 1 or 2) keeps to samples with so many pictures."""
     drawn = dialogue(rng, split, pictures)
     painted = tuple(FAMILIES[split].style.paint(rng, scene) for scene in drawn.scenes)
-    labels = [scenes.dense(scene) for scene in drawn.scenes]
-    empty = np.zeros((0, 3, scenes.GRID, scenes.GRID), np.int64)
+    labels = [dense.dense(scene) for scene in drawn.scenes]
+    empty = np.zeros((0, len(dense.CHANNELS), scenes.GRID, scenes.GRID), np.int64)
     return Sample(painted, drawn.turns, drawn.system, np.stack(labels) if labels else empty)
 
 

@@ -34,12 +34,6 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 AREAS = {"circle": 3.14, "square": 3.24, "triangle": 1.76, "star": 1.44, "cross": 2.26, "heart": 2.21}
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
-SHAPE_CLASSES = 1 + len(SHAPES) + 1 + len(CHARACTERS)
-COLOUR_CLASSES = 1 + len(COLOURS)
-CENTRE_CLASSES = 2
-BAR_CLASS = 1 + len(SHAPES)
-DENSE_CLASSES = (SHAPE_CLASSES, COLOUR_CLASSES, CENTRE_CLASSES)
-
 MAX_SHAPES = 5
 WORDS = (
     "cat", "dog", "cup", "hat", "sun", "sky", "sea", "box", "bus", "car", "key", "map", "pen", "pin", "pot", "fox",
@@ -293,32 +287,3 @@ def compose_mixed(rng: random.Random, style: Style) -> Scene:
     lettering = style.lettering(rng, text, colour, rgb)
     lowest = max(glyph.bottom for glyph in lettering.glyphs)
     return replace(scene, lettering=lettering) if lowest < 46 else scene
-
-
-_CENTRES = (np.arange(GRID) + 0.5) * PATCH
-
-
-def dense(scene: Scene) -> np.ndarray:
-    """[3, GRID, GRID] int64: shape or character class, colour class, and where the centres are; 0 is background."""
-    labels = np.zeros((3, GRID, GRID), np.int64)
-    for s in scene.shapes:
-        reach = s.radius + PATCH * 0.25
-        _mark(labels, 1 + SHAPES.index(s.kind), s.colour, (s.x - reach, s.y - reach, s.x + reach, s.y + reach))
-    for b in scene.bars:
-        _mark(labels, BAR_CLASS, b.colour, (b.left - 1, b.top - PATCH / 4, b.right + 1, b.bottom + PATCH / 4))
-    if scene.lettering is not None:
-        for g in scene.lettering.glyphs:
-            kind = BAR_CLASS + 1 + CHARACTERS.index(g.character)
-            _mark(labels, kind, scene.lettering.colour, (g.left, g.top - 1, g.right, g.bottom + 1))
-    return labels
-
-
-def _mark(labels: np.ndarray, kind: int, colour: str, box: tuple[float, float, float, float]) -> None:
-    left, top, right, bottom = box
-    rows = np.abs(_CENTRES - (top + bottom) / 2) <= (bottom - top) / 2
-    columns = np.abs(_CENTRES - (left + right) / 2) <= (right - left) / 2
-    covered = rows[:, None] & columns[None, :]
-    row, column = (min(GRID - 1, max(0, int(v // PATCH))) for v in ((top + bottom) / 2, (left + right) / 2))
-    covered[row, column] = True
-    labels[0][covered], labels[1][covered] = kind, 1 + COLOURS.index(colour)
-    labels[2, row, column] = 1
