@@ -14,15 +14,15 @@ MAX_TURNS = 7
 MAX_TOKENS = 112
 
 TASK_WEIGHTS: Mapping[str, float] = {
-    "colour": 5.0,
-    "shape": 1.0,
-    "size": 4.0,
+    "colour": 3.0,
+    "shape": 0.7,
+    "size": 3.5,
     "count": 1.3,
-    "position": 1.0,
+    "position": 3.5,
     "exist": 0.8,
     "read": 6.0,
     "text_colour": 0.8,
-    "chart": 1.5,
+    "chart": 2.5,
     "describe": 1.2,
     "compare": 2.0,
     "follow_up": 0.8,
