@@ -36,6 +36,7 @@ from transformers import (
 from tinychat import checkpoint
 from tinychat.checkpoint import Index, Weights, compare, open_model, rename, stream_into, write_safetensors
 from tinychat.errors import FormatError, ModelError
+from tinychat.weight_files import DTYPES, entries_of
 
 TEXT = {
     "vocab_size": 64,
@@ -231,9 +232,9 @@ def test_every_container_gives_the_same_tensors(tmp_path, write):
         assert torch.equal(streamed[name], tensor)
 
 
-@pytest.mark.parametrize("dtype", sorted(checkpoint.DTYPES))
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_headers_agree_with_safetensors_on_every_dtype(tmp_path, dtype):
-    tensor = torch.ones(3, 4).to(checkpoint.DTYPES[dtype])
+    tensor = torch.ones(3, 4).to(DTYPES[dtype])
     index = Index.of(saved(tmp_path, {"a": tensor}))
     assert index.dtype("a") == tensor.dtype
     assert index.shape("a") == (3, 4)
@@ -323,7 +324,7 @@ def test_any_header_gives_entries_or_a_format_error(tmp_path_factory, header, da
     raw = json.dumps(header).encode()
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
     problems: list[FormatError] = []
-    entries = checkpoint._entries(path, problems)
+    entries = entries_of(path, problems)
     assert sum(entry.nbytes for entry in entries.values()) <= len(data) * max(1, len(entries)) or problems
 
 
@@ -333,7 +334,7 @@ def test_any_bytes_give_entries_or_a_format_error(tmp_path_factory, content):
         path = (tmp_path_factory.getbasetemp() / "fuzzed").with_suffix(suffix)
         path.write_bytes(content)
         problems: list[FormatError] = []
-        checkpoint._entries(path, problems)
+        entries_of(path, problems)
         assert len(problems) == 1 or suffix == ".safetensors"
 
 
