@@ -1,7 +1,8 @@
-"""4-bit group-wise weights: the spec, the logical form (q, scale, zero), and the layouts on disk.
+"""Group-wise quantized weights: the spec, the logical form (q, scale, zero), and AWQ's GEMM layout.
 
 The logical form of a linear with K inputs and N outputs: `q` uint8 `[K, N]` in 0..2^bits-1, `scale` `[K/G, N]`,
-`zero` uint8 `[K/G, N]`; the weight is `(q - zero) * scale`. `to_logical` and `from_logical` are the only converters.
+`zero` uint8 `[K/G, N]`; the weight is `(q - zero) * scale`. In memory a model holds the AWQ GEMM layout, which
+`to_logical` and `from_logical` convert; the layouts of other files are in `formats`.
 """
 
 from __future__ import annotations
@@ -12,36 +13,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinychat_kernels import words
 from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.words import AWQ_ORDER, PER_WORD
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column AWQ_ORDER[i] of its eight
-_PER_WORD = 8
+BITS = (3, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+PER_ROW = -1  # as a group size: all inputs of an output are one group
 
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
-    """How a linear is quantized: bits a weight, inputs a group, and whether groups have their own zero point."""
+    """How a linear is quantized: bits a weight, inputs a group (-1: all), and whether groups have a zero point."""
 
     bits: int = 4
     group_size: int = 128
     zero_point: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in (3, 4):
-            raise LayoutError(f"bits is {self.bits}; weights of 3 and 4 bits are supported")
-        if self.group_size not in (32, 64, 128):
-            raise LayoutError(f"group_size is {self.group_size}; groups of 32, 64 and 128 are supported")
+        if self.bits not in BITS:
+            raise LayoutError(f"bits is {self.bits}; weights of 3, 4 and 8 bits are supported")
+        if self.group_size not in (*GROUP_SIZES, PER_ROW):
+            known = "groups of 32, 64 and 128, and -1 (a row is one group), are supported"
+            raise LayoutError(f"group_size is {self.group_size}; {known}")
 
     @property
     def max_q(self) -> int:
         return 2**self.bits - 1
 
+    def group(self, in_features: int) -> int:
+        """Inputs a group. Raises LayoutError where groups do not divide the inputs."""
+        size = in_features if self.group_size == PER_ROW else self.group_size
+        if in_features % size:
+            raise LayoutError(f"in_features={in_features} is not a multiple of group_size={size}")
+        return size
+
+    def groups(self, in_features: int) -> int:
+        """Groups an output. Raises LayoutError where groups do not divide the inputs."""
+        return in_features // self.group(in_features)
+
     def check(self, in_features: int, out_features: int) -> None:
-        """Raise LayoutError where a linear of this size cannot be held."""
-        if in_features % self.group_size:
-            raise LayoutError(f"in_features={in_features} is not a multiple of group_size={self.group_size}")
-        if out_features % _PER_WORD:
-            raise LayoutError(f"out_features={out_features} is not a multiple of {_PER_WORD}")
+        """Raise LayoutError where a linear of this size cannot be packed into 4-bit words."""
+        self.group(in_features)
+        if self.bits > 4:
+            raise LayoutError(f"weights of {self.bits} bits do not fit into 4-bit words")
+        if out_features % PER_WORD:
+            raise LayoutError(f"out_features={out_features} is not a multiple of {PER_WORD}")
 
 
 class Logical(NamedTuple):
@@ -62,27 +79,20 @@ class AwqGemm(NamedTuple):
 
 def pack_awq(q: Tensor) -> Tensor:
     """uint8 `[R, N]` in 0..15 -> int32 `[R, N/8]`, columns of a word in AWQ_ORDER."""
-    words = q.reshape(q.shape[0], -1, _PER_WORD)[..., list(AWQ_ORDER)].to(torch.int32)
-    packed = torch.zeros(words.shape[:2], dtype=torch.int32, device=q.device)
-    for i in range(_PER_WORD):
-        packed |= words[..., i] << (4 * i)
-    return packed
+    return words.pack(q, AWQ_ORDER)
 
 
 def unpack_awq(packed: Tensor) -> Tensor:
     """int32 `[R, N/8]` -> uint8 `[R, N]`, the inverse of pack_awq."""
-    q = torch.empty((*packed.shape, _PER_WORD), dtype=torch.uint8, device=packed.device)
-    for i, column in enumerate(AWQ_ORDER):
-        q[..., column] = (packed >> (4 * i)) & 0xF
-    return q.reshape(packed.shape[0], -1)
+    return words.unpack(packed, AWQ_ORDER)
 
 
 def to_logical(packed: AwqGemm, spec: QuantSpec) -> Logical:
     """Disk form -> logical form. Raises LayoutError where the shapes contradict the spec."""
-    rows, columns = packed.qweight.shape[0], packed.qweight.shape[1] * _PER_WORD
+    rows, columns = packed.qweight.shape[0], packed.qweight.shape[1] * PER_WORD
     spec.check(rows, columns)
-    groups = rows // spec.group_size
-    wanted = {"qzeros": (groups, columns // _PER_WORD), "scales": (groups, columns)}
+    groups = spec.groups(rows)
+    wanted = {"qzeros": (groups, columns // PER_WORD), "scales": (groups, columns)}
     for name, shape in wanted.items():
         if tuple(found := getattr(packed, name).shape) != shape:
             raise LayoutError(f"{name} has shape {list(found)}, {list(shape)} is needed for {rows}x{columns} weights")
@@ -92,11 +102,16 @@ def to_logical(packed: AwqGemm, spec: QuantSpec) -> Logical:
 def from_logical(logical: Logical, spec: QuantSpec) -> AwqGemm:
     """Logical form -> disk form. Raises LayoutError for shapes or values that four bits cannot hold."""
     spec.check(*logical.q.shape)
+    check_values(logical, spec)
+    return AwqGemm(pack_awq(logical.q), pack_awq(logical.zero), logical.scale)
+
+
+def check_values(logical: Logical, spec: QuantSpec) -> None:
+    """Raise LayoutError where q or zero hold what the spec's bits do not."""
     for name in ("q", "zero"):
         top = int(getattr(logical, name).max())
         if top > spec.max_q:
             raise LayoutError(f"{name} holds {top}, at most {spec.max_q} fits in {spec.bits} bits")
-    return AwqGemm(pack_awq(logical.q), pack_awq(logical.zero), logical.scale)
 
 
 def quantize(weight: Tensor, spec: QuantSpec) -> Logical:
@@ -106,10 +121,10 @@ def quantize(weight: Tensor, spec: QuantSpec) -> Logical:
     are all of one sign would be destroyed, since the zero point is clamped to 0..2^bits-1. Scales keep weight's dtype.
     """
     rows, columns = weight.shape[1], weight.shape[0]
-    spec.check(rows, columns)
+    size = spec.group(rows)
     if not torch.isfinite(weight).all():
         raise LayoutError("the weight holds NaN or Inf values and cannot be quantized")
-    groups = weight.float().T.reshape(-1, spec.group_size, columns)
+    groups = weight.float().T.reshape(-1, size, columns)
     low, high = _range(groups, spec)
     scale = ((high - low) / spec.max_q).to(weight.dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # an all-zero group

@@ -39,7 +39,8 @@ def nibbles_as_autoawq_reads_them(packed: Tensor) -> Tensor:
 def logical(spec: QuantSpec, groups: int, columns: int, seed: int = 0) -> Logical:
     scale = torch.rand((groups, columns), generator=torch.Generator().manual_seed(seed)).half()
     zero = values(groups, columns, seed + 1, spec.max_q + 1)
-    return Logical(values(groups * spec.group_size, columns, seed, spec.max_q + 1), scale, zero)
+    size = spec.group_size if spec.group_size > 0 else 40
+    return Logical(values(groups * size, columns, seed, spec.max_q + 1), scale, zero)
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**31))
@@ -59,13 +60,18 @@ def test_nibble_i_holds_the_column_that_the_format_names() -> None:
 
 
 @given(
-    st.sampled_from([32, 64, 128]), st.sampled_from([3, 4]), st.integers(1, 3), st.integers(1, 4), st.integers(0, 99)
+    st.sampled_from([32, 64, 128, -1]),
+    st.sampled_from([3, 4]),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 99),
 )
 def test_disk_form_and_logical_form_are_the_same(group: int, bits: int, groups: int, words: int, seed: int) -> None:
     spec = QuantSpec(bits, group)
+    groups = groups if group > 0 else 1
     before = logical(spec, groups, 8 * words, seed)
     packed = from_logical(before, spec)
-    assert packed.qweight.shape == (groups * group, words) and packed.qzeros.shape == (groups, words)
+    assert packed.qweight.shape == (before.q.shape[0], words) and packed.qzeros.shape == (groups, words)
     for one, other in zip(to_logical(packed, spec), before, strict=True):
         assert torch.equal(one, other) and one.dtype == other.dtype
 
@@ -86,8 +92,8 @@ def test_the_weight_is_q_minus_zero_times_scale() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("zero_point", [True, False])
 @given(
-    bits=st.sampled_from([3, 4]),
-    group=st.sampled_from([32, 64, 128]),
+    bits=st.sampled_from([3, 4, 8]),
+    group=st.sampled_from([32, 64, 128, -1]),
     size=st.floats(1e-3, 100),
     shift=st.floats(-3, 3),
     seed=st.integers(0, 999),
@@ -96,12 +102,13 @@ def test_rounding_is_within_half_a_step(
     dtype: torch.dtype, zero_point: bool, bits: int, group: int, size: float, shift: float, seed: int
 ) -> None:
     spec = QuantSpec(bits, group, zero_point)
-    noise = torch.randn((8, 2 * group), generator=torch.Generator().manual_seed(seed))
+    rows = 2 * group if group > 0 else 40
+    noise = torch.randn((8, rows), generator=torch.Generator().manual_seed(seed))
     weight = ((noise + shift) * size).to(dtype)
     found = quantize(weight, spec)
     assert found.scale.dtype == dtype and found.q.dtype == found.zero.dtype == torch.uint8
     assert int(found.q.max()) <= spec.max_q and int(found.zero.max()) <= spec.max_q
-    step = found.scale.double().repeat_interleave(group, 0).T
+    step = found.scale.double().repeat_interleave(spec.group(rows), 0).T
     worst = ((dequantize(found, torch.float64) - weight.double()).abs() / step).max()
     # the scale itself is rounded to its dtype: the group's ends move by up to max_q roundings of it
     assert float(worst) <= 0.5 + spec.max_q * torch.finfo(dtype).eps
@@ -125,7 +132,7 @@ def test_zeros_stay_zeros(zero_point: bool) -> None:
     assert not found[:, :32].any() and not found[:, 40].any()
 
 
-@pytest.mark.parametrize(("bits", "middle"), [(4, 8), (3, 4)])
+@pytest.mark.parametrize(("bits", "middle"), [(4, 8), (3, 4), (8, 128)])
 def test_symmetric_groups_have_their_zero_in_the_middle(bits: int, middle: int) -> None:
     found = quantize(torch.randn((8, 64), generator=torch.Generator().manual_seed(0)), QuantSpec(bits, 32, False))
     assert (found.zero == middle).all()
@@ -146,8 +153,12 @@ def test_values_that_are_representable_come_back_exactly() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: QuantSpec(bits=8), "bits is 8; weights of 3 and 4 bits are supported"),
-        (lambda: QuantSpec(group_size=100), "group_size is 100; groups of 32, 64 and 128 are supported"),
+        (lambda: QuantSpec(bits=5), "bits is 5; weights of 3, 4 and 8 bits are supported"),
+        (lambda: QuantSpec(bits=8).check(128, 8), "weights of 8 bits do not fit into 4-bit words"),
+        (
+            lambda: QuantSpec(group_size=100),
+            r"group_size is 100; groups of 32, 64 and 128, and -1 \(a row,
+        ),
         (lambda: QuantSpec(group_size=128).check(192, 8), "in_features=192 is not a multiple of group_size=128"),
         (lambda: QuantSpec(group_size=32).check(32, 12), "out_features=12 is not a multiple of 8"),
         (lambda: quantize(torch.full((8, 32), float("nan")), QuantSpec(group_size=32)), "holds NaN or Inf"),

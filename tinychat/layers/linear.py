@@ -20,7 +20,7 @@ class QuantLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.spec = spec
-        groups = in_features // spec.group_size
+        groups = spec.groups(in_features)
         self.register_buffer("qweight", torch.zeros((in_features, out_features // 8), dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros((groups, out_features // 8), dtype=torch.int32))
         self.register_buffer("scales", torch.zeros((groups, out_features)))
