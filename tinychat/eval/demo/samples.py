@@ -114,8 +114,8 @@ def _nothing(rng: random.Random, family: Family) -> Composed:
 
 
 COMPOSERS: tuple[tuple[float, int, Composer], ...] = (
-    (0.46, 1, _shapes),
-    (0.28, 1, _lettering),
+    (0.35, 1, _shapes),
+    (0.39, 1, _lettering),
     (0.08, 1, _chart),
     (0.05, 1, _mixed),
     (0.08, 2, _pair),
