@@ -14,13 +14,16 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def pack(q: Tensor, order: Sequence[int] = PLAIN) -> Tensor:
     """uint8 `[R, C]` in 0..15 -> int32 `[R, C/8]`: nibble i of a word holds column order[i] of its eight."""
-    words = q.reshape(q.shape[0], -1, PER_WORD)
-    pairs = words[..., list(order[0::2])] | (words[..., list(order[1::2])] << 4)
-    return pairs.contiguous().view(torch.int32)[..., 0]
+    columns = q.reshape(q.shape[0], -1, PER_WORD)
+    pairs = torch.empty((*columns.shape[:2], PER_WORD // 2), dtype=torch.uint8, device=q.device)
+    for i in range(PER_WORD // 2):
+        pairs[..., i] = columns[..., order[2 * i]] | (columns[..., order[2 * i + 1]] << 4)
+    return pairs.view(torch.int32)[..., 0]
 
 
 def unpack(packed: Tensor, order: Sequence[int] = PLAIN) -> Tensor:
     """int32 `[R, W]` -> uint8 `[R, 8*W]`, the inverse of pack."""
-    pairs = packed.contiguous()[..., None].view(torch.uint8)
-    nibbles = torch.stack((pairs & 0xF, pairs >> 4), -1).flatten(-2)
-    return nibbles[..., [order.index(column) for column in range(PER_WORD)]].flatten(-2)
+    columns = torch.empty((*packed.shape, PER_WORD), dtype=torch.uint8, device=packed.device)
+    for i, column in enumerate(order):
+        columns[..., column] = (packed >> (4 * i)).to(torch.uint8) & 0xF
+    return columns.flatten(-2)

@@ -157,7 +157,7 @@ def test_values_that_are_representable_come_back_exactly() -> None:
         (lambda: QuantSpec(bits=8).check(128, 8), "weights of 8 bits do not fit into 4-bit words"),
         (
             lambda: QuantSpec(group_size=100),
-            r"group_size is 100; groups of 32, 64 and 128, and -1 \(a row,
+            "group_size is 100; groups of 32, 64 and 128, and -1 .a row is one group. are supported",
         ),
         (lambda: QuantSpec(group_size=128).check(192, 8), "in_features=192 is not a multiple of group_size=128"),
         (lambda: QuantSpec(group_size=32).check(32, 12), "out_features=12 is not a multiple of 8"),
