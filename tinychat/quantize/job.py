@@ -1,0 +1,151 @@
+"""What is to be quantized and how; the source, opened and checked before any weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from awq.options import Options
+from tinychat import checkpoint, load
+from tinychat.checkpoint import Index
+from tinychat.config import VilaConfig
+from tinychat.errors import ModelError, UsageError
+from tinychat.weight_files import Entry
+from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.layout import QuantSpec
+
+Method = Literal["awq", "rtn"]
+METHODS = ("awq", "rtn")
+LAYER = re.compile(r"llm\.model\.layers\.(\d+)\.(.+)")
+HALVES = (torch.float16, torch.bfloat16)
+SPARED = {  # layout -> modules that stay in 16 bit, as the config of the checkpoint names them
+    "vila": ("vision_tower", "mm_projector", "lm_head"),
+    "llava": ("vision_tower", "mm_projector", "lm_head"),
+    "llava_hf": ("vision_tower", "multi_modal_projector", "lm_head"),
+    "text": ("lm_head",),
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which data the search looks at: sources (the generated set where there are none), sequences, tokens in each."""
+
+    sources: tuple[str, ...] = ()
+    samples: int = 64
+    seqlen: int = 512
+    seed: int = 0
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.seqlen) < 1:
+            raise UsageError(f"{self.samples} samples of {self.seqlen} tokens are asked for", "give 1 or more of both")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder to read, a folder to write, and how. `search` are fields of awq.quantize.Options."""
+
+    folder: Path
+    out: Path
+    method: Method = "awq"
+    spec: QuantSpec = field(default_factory=QuantSpec)
+    pseudo: bool = False
+    search: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    calibration: Calibration = Calibration()
+    device: str = "cpu"
+    max_ram: int | None = None
+    max_disk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"--method is {self.method!r}", f"give {' or '.join(METHODS)}")
+        if self.spec.bits != 4 and not self.pseudo:
+            message = f"no checkpoint of the awq format holds {self.spec.bits}-bit weights"
+            raise UsageError(message, "give --bits 4, or --pseudo for 16-bit weights that stand for them")
+        if self.out.exists() and self.out.resolve() == self.folder.resolve():
+            raise UsageError(f"{self.out} is the model itself", "give another folder to write")
+
+    @property
+    def partial(self) -> Path:
+        """Where the work lies until it is complete."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    @property
+    def searches(self) -> bool:
+        """Whether the method looks at calibration data."""
+        return self.method == "awq"
+
+    def search_options(self) -> Options:
+        """What the search is told; scales, norms and biases are those of a float16 checkpoint."""
+        return Options(spec=self.spec, dtype=torch.float16, **self.search)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything that decides about the result, but the model and the data."""
+        searched = {}
+        if self.searches:
+            given = self.search_options()
+            kept = [field.name for field in fields(given) if field.name not in ("spec", "dtype")]
+            searched = {name: getattr(given, name) for name in kept}
+        return {"method": self.method, **asdict(self.spec), "pseudo": self.pseudo, **searched}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model: its config, its tensors by the names in memory, and all of them by their names on disk."""
+
+    folder: Path
+    config: VilaConfig
+    index: Index
+    raw: Index
+
+    @property
+    def layers(self) -> int:
+        return self.config.text.num_hidden_layers
+
+    def layer(self, i: int) -> Index:
+        """The tensors of a decoder layer, named from there."""
+        return part(self.index, f"llm.model.layers.{i}.")
+
+    def stored(self, entry: Entry) -> torch.dtype:
+        """The dtype that a tensor is written in: its own, 16 bit for wider floats."""
+        wide = entry.dtype.is_floating_point and entry.dtype not in HALVES
+        return torch.float16 if wide else entry.dtype
+
+
+def part(index: Index, prefix: str) -> Index:
+    """The tensors under a prefix, named from there. A new index: what it maps is given back with it."""
+    names = [name for name in index.names() if name.startswith(prefix)]
+    return Index({name.removeprefix(prefix): index.entry(name) for name in names})
+
+
+def open_job(job: Job) -> Source:
+    """The source of a job. Raises ModelError for weights that are missing, quantized already, or of unfitting sizes."""
+    opened = load.open_source(job.folder)
+    if opened.spec is not None:
+        raise ModelError(f"{job.folder} is quantized to {opened.spec.bits} bits already", "give the 16-bit model")
+    config = opened.config
+    source = Source(job.folder, config, opened.index, load.open_index(job.folder, config))
+    empty = load.empty_model(config, torch.float32)
+    checkpoint.compare(empty, opened.index, config.layout).check()
+    for name, (rows, columns) in linears(source).items():
+        try:
+            job.spec.check(in_features=columns, out_features=rows)
+        except LayoutError as error:
+            raise ModelError(f"{name} cannot be quantized: {error}", "choose another group size") from error
+    return source
+
+
+def linears(source: Source) -> dict[str, tuple[int, int]]:
+    """The weights that are quantized, by their names in memory, with their shapes (outputs, inputs)."""
+    found: dict[str, tuple[int, int]] = {}
+    for name in source.index.names():
+        shape = source.index.shape(name)
+        if LAYER.fullmatch(name) and name.endswith(".weight") and len(shape) == 2:
+            found[name] = (shape[0], shape[1])
+    return found

@@ -1,0 +1,146 @@
+"""The finished folder: it has the layout of the source, whose other tensors, configs and words are carried over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from awq.save import Work, sync
+from tinychat.checkpoint import rename
+from tinychat.config import read_json
+from tinychat.quantize.job import HALVES, LAYER, SPARED, Job, Source
+from tinychat.quantize.writing import Copy, write_sharded
+from tinychat.weight_files import Entry, entries_of
+
+Json = dict[str, Any]
+
+TOWER = "vision_tower"
+CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+LEFT = ("*.index.json", "quantize.json", "quality.json", "trainer_state.json", "training_args*", "optimizer*")
+DTYPE_KEYS = ("dtype", "torch_dtype", "model_dtype")
+BLOCK = "block-"
+FACTS = "quantize.json"
+LOG = "quantize.log"
+
+
+def block_name(i: int) -> str:
+    """The name of a layer's part in the work."""
+    return f"{BLOCK}{i:05d}"
+
+
+def assemble(job: Job, source: Source, work: Work, folder: Path) -> None:
+    """Write a folder that is complete but for the facts and the log. What stood there before is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for place, copies in _placed(job, source, work).items():
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        write_sharded(copies, folder / place)
+    _carry_files(source, folder)
+    _write_configs(job, source, folder)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Everything to the disk, and then to its name, in one step."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+    folder.replace(out)
+    sync(out.parent)
+
+
+def _placed(job: Job, source: Source, work: Work) -> dict[Path, list[Copy]]:
+    """The tensors of the finished checkpoint by the folder that holds them, in the order of the source."""
+    placed: defaultdict[Path, list[Copy]] = defaultdict(list)
+    blocks: set[int] = set()
+    for name in source.raw.names():
+        entry = source.raw.entry(name)
+        match = LAYER.fullmatch(rename(name, source.config.layout))
+        if match is None or rename(name, source.config.layout) not in source.index:
+            placed[_place(source, entry)].append(Copy(entry.key, entry, source.stored(entry)))
+        elif (i := int(match[1])) not in blocks:
+            blocks.add(i)
+            prefix = entry.key.removesuffix(match[2])
+            placed[_place(source, entry)] += _block(work, i, prefix)
+    return placed
+
+
+def _block(work: Work, i: int, prefix: str) -> Iterator[Copy]:
+    """A layer's tensors in its part, under the names that the checkpoint gives to the layer."""
+    entries = entries_of(work.folder / work.parts[block_name(i)].file, [])
+    for name in sorted(entries):
+        yield Copy(prefix + name, entries[name], entries[name].dtype)
+
+
+def _place(source: Source, entry: Entry) -> Path:
+    """The folder of a tensor, relative to the model's; a tower that lies elsewhere comes into vision_tower/."""
+    parent = entry.path.parent
+    return parent.relative_to(source.folder) if parent.is_relative_to(source.folder) else Path(TOWER)
+
+
+def _homes(source: Source) -> dict[Path, Path]:
+    """Folders to carry files from -> where they go."""
+    homes = {source.folder: Path()}
+    for name in source.raw.names():
+        entry = source.raw.entry(name)
+        homes[entry.path.parent] = _place(source, entry)
+    for name in ("llm", TOWER, "mm_projector"):
+        if (source.folder / name).is_dir():
+            homes[source.folder / name] = Path(name)
+    return homes
+
+
+def _carry_files(source: Source, folder: Path) -> None:
+    for home, place in _homes(source).items():
+        for path in carried(home):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / place / path.name)
+
+
+def carried(home: Path) -> list[Path]:
+    """The files of a folder that go into the checkpoint as they are: configs, tokenizer, processors, licences."""
+    found = {path for pattern in CARRIED for path in home.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not any(path.match(pattern) for pattern in LEFT))
+
+
+def _write_configs(job: Job, source: Source, folder: Path) -> None:
+    """The quantization goes into the decoder's config; dtypes are those that the tensors have now."""
+    decoder = folder / "llm" if (folder / "llm" / "config.json").is_file() else folder
+    for home in {folder, decoder, *(folder / place for place in _homes(source).values())}:
+        path = home / "config.json"
+        if path.is_file():
+            content = read_json(path)
+            if _was_wide(source):
+                content = _narrowed(content)
+            if home == decoder and not job.pseudo:
+                content["quantization_config"] = quantization(job, source)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def quantization(job: Job, source: Source) -> Json:
+    """The quantization_config that transformers, vLLM and SGLang read."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": job.spec.bits,
+        "group_size": job.spec.group_size,
+        "zero_point": job.spec.zero_point,
+        "modules_to_not_convert": list(SPARED[source.config.layout]),
+    }
+
+
+def _was_wide(source: Source) -> bool:
+    return source.index.dtype("llm.model.embed_tokens.weight") not in HALVES
+
+
+def _narrowed(content: Any) -> Any:
+    """A config in which every wide float type is float16."""
+    if not isinstance(content, Mapping):
+        return content
+    rows = {key: _narrowed(value) for key, value in content.items()}
+    for key in DTYPE_KEYS:
+        if isinstance(value := rows.get(key), str):
+            rows[key] = value.replace("float32", "float16").replace("float64", "float16")
+    return rows

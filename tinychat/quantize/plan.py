@@ -1,0 +1,259 @@
+"""What a quantization will take: memory, disk and time, from headers, the calibration's lengths and two short measures.
+
+The run is held to it: what does not fit is spilled to the disk or streamed, or refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from tinychat import planner
+from tinychat.config import VisionConfig
+from tinychat.errors import CapacityError
+from tinychat.quantize.calibration import Data
+from tinychat.quantize.job import LAYER, SPARED, Job, Source, linears, part
+from tinychat.quantize.writing import PIECE
+
+FLOAT = 4  # bytes of a number while it is computed with
+WORDS_SLACK = 64 * 2**20  # what is imported on the way, and the allocator's slack
+COPIES = 3.5  # of a layer in float32: as it came, rounded in two ways, and the linear that is worked on
+LARGEST = 3.0  # further copies of its largest linear, while rounding it is tried
+ROUNDINGS = 8.0  # of a layer's weights, besides those of the grids: the cost of stand-ins and errors
+FREE_SHARE = 0.9  # of the free memory may be used where --max-ram does not say
+COPIED = 4  # pieces of a tensor at once, as it is copied
+TABLES = 4 * 2**20  # bytes of the manifest, configs and the log
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes and seconds, and how the run keeps to them. `ram` are the peaks of its stages, the process included."""
+
+    layers: int
+    linears: int
+    weights: int
+    spared: tuple[str, ...]
+    sequences: int
+    tokens: int
+    pictures: int
+    ram: Mapping[str, int]
+    ram_limit: int
+    disk: int
+    disk_limit: int
+    output: int
+    seconds: float
+    hold: bool
+    stream: bool
+
+    @property
+    def peak_ram(self) -> int:
+        return max(self.ram.values())
+
+    def check(self, out: Path) -> None:
+        """Raise CapacityError where memory or disk do not suffice."""
+        if self.peak_ram > self.ram_limit:
+            message = f"{size(self.peak_ram)} of memory are needed and {size(self.ram_limit)} are allowed or free"
+            raise CapacityError(message, "allow more with --max-ram, free memory, or give a shorter --calib-seqlen")
+        if self.disk > self.disk_limit:
+            message = f"{size(self.disk)} are needed on the disk of {out}, {size(self.disk_limit)} are allowed or free"
+            raise CapacityError(message, "allow more with --max-disk, free some, or give fewer --calib-samples")
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        rows = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**rows, "ram": dict(self.ram), "peak_ram": self.peak_ram, "spared": list(self.spared)}
+
+
+def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
+    """The plan of a job; `data` is None where the method needs none."""
+    shapes = linears(source)
+    tokens = sum(data.lengths) if data else 0
+    states = FLOAT * tokens * source.config.text.hidden_size
+    limit = job.max_ram or int(FREE_SHARE * (planner.free_bytes(torch.device("cpu")) + resident()))
+    base = resident() + WORDS_SLACK
+    block = base + block_bytes(job, source, data)
+    hold = block + 2 * states <= limit
+    fronts = {stream: base + front_bytes(source, data, stream) for stream in (False, True)}
+    front = states if hold else 0
+    stream = fronts[False] + front > min(limit, max(block, fronts[True] + front))
+    ram = {
+        "calibration": fronts[stream] + front,
+        "layers": block + (2 * states if hold else 0),
+        "output": base + 4 * PIECE,
+    }
+    output = output_bytes(job, source)
+    return Plan(
+        layers=source.layers,
+        linears=len(shapes),
+        weights=sum(rows * columns for rows, columns in shapes.values()),
+        spared=SPARED[source.config.layout],
+        sequences=len(data.prompts) if data else 0,
+        tokens=tokens,
+        pictures=data.pictures if data else 0,
+        ram=ram,
+        ram_limit=limit,
+        disk=output + layer_bytes(job, source) + max(2 * states, output) + TABLES,
+        disk_limit=min(job.max_disk or 2**62, shutil.disk_usage(_existing(job.out)).free),
+        output=output,
+        seconds=seconds(job, source, data),
+        hold=hold,
+        stream=stream,
+    )
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    return psutil.Process().memory_info().rss
+
+
+# Memory
+
+
+def block_bytes(job: Job, source: Source, data: Data | None) -> int:
+    """The work on the largest layer, without the states of the calibration."""
+    sizes = [FLOAT * _parameters(source, i) for i in range(source.layers)]
+    largest = FLOAT * max(rows * columns for rows, columns in linears(source).values())
+    work = COPIES * max(sizes) + LARGEST * largest
+    return int(work) + (_search_bytes(job, source, max(data.lengths)) if data else 0)
+
+
+def _search_bytes(job: Job, source: Source, longest: int) -> int:
+    """Sums over the tokens, the sequences that modules are run on, and one pass of a sequence through the layer."""
+    text, options = source.config.text, job.search_options()
+    heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    widths = {text.hidden_size, text.num_attention_heads * text.head_dim, text.intermediate_size}
+    sums = sum(
+        width * (min(width, options.sketch_rows) + job.spec.group(width)) for width in [*widths, text.hidden_size]
+    )
+    sample = (options.loss_tokens or 2**62) + longest
+    sample = min(sample, job.calibration.samples * longest) * 8 * text.hidden_size
+    passing = longest * (6 * text.hidden_size + 2 * heads + 4 * text.intermediate_size)
+    return FLOAT * (sums + sample + passing)
+
+
+def front_bytes(source: Source, data: Data | None, stream: bool) -> int:
+    """The tower and the projector, whole or a layer at a time, and what a picture takes in them."""
+    vision = source.config.vision
+    if not data or not data.pictures or vision is None:
+        return FLOAT * source.config.text.hidden_size * 4 * (max(data.lengths) if data else 0)
+    tower, projector = (part(source.index, f"{name}.") for name in ("vision_tower", "mm_projector"))
+    whole = sum(tower.entry(name).nbytes // tower.entry(name).dtype.itemsize for name in tower.names())
+    layers = sum(
+        tower.entry(name).nbytes // tower.entry(name).dtype.itemsize for name in tower.names() if ".layers." in name
+    )
+    kept = whole - layers + 2 * layers // max(1, vision.num_hidden_layers) if stream else whole
+    last = sum(projector.entry(name).nbytes // projector.entry(name).dtype.itemsize for name in projector.names())
+    return FLOAT * (kept + last) + _picture_bytes(vision)
+
+
+def _picture_bytes(vision: VisionConfig) -> int:
+    """Activations of one layer of the tower for one picture, with the scores of all heads, and the decoded picture."""
+    tokens = vision.num_features + 1
+    rows = 8 * vision.hidden_size + 3 * vision.intermediate_size
+    return tokens * (rows + vision.num_attention_heads * tokens) * FLOAT + 8 * 3 * vision.image_size**2 * FLOAT
+
+
+def _parameters(source: Source, i: int) -> int:
+    index = source.layer(i)
+    return sum(index.entry(name).nbytes // index.entry(name).dtype.itemsize for name in index.names())
+
+
+# Disk
+
+
+def layer_bytes(job: Job, source: Source) -> int:
+    """The parts of all layers."""
+    quantized, total = linears(source), 0
+    for name in source.index.names():
+        if LAYER.fullmatch(name):
+            entry = source.index.entry(name)
+            numbers, stored = entry.nbytes // entry.dtype.itemsize, source.stored(entry).itemsize
+            packed = name in quantized and not job.pseudo
+            total += _packed_bytes(job, *quantized[name]) if packed else numbers * stored
+    return total
+
+
+def _packed_bytes(job: Job, rows: int, columns: int) -> int:
+    """4 bits a weight, and for each group a 16-bit scale and a 4-bit zero."""
+    return rows * columns // 2 + rows * job.spec.groups(columns) * 5 // 2
+
+
+def output_bytes(job: Job, source: Source) -> int:
+    """The finished checkpoint."""
+    others = [source.raw.entry(name) for name in source.raw.names()]
+    layers = [source.index.entry(name) for name in source.index.names() if LAYER.fullmatch(name)]
+    counted = sum(entry.nbytes // entry.dtype.itemsize * source.stored(entry).itemsize for entry in others)
+    counted -= sum(entry.nbytes // entry.dtype.itemsize * source.stored(entry).itemsize for entry in layers)
+    return counted + layer_bytes(job, source)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+# Time
+
+
+def seconds(job: Job, source: Source, data: Data | None) -> float:
+    """An estimate: multiplications at the speed of one that is timed, roundings likewise."""
+    weights = sum(rows * columns for rows, columns in linears(source).values())
+    spent = 3 * source.index.total_bytes / 2**29  # reading, hashing, writing
+    if data is None:
+        return spent + weights * _timed(_rounding)
+    options = job.search_options()
+    tokens, sample = sum(data.lengths), min(sum(data.lengths), options.loss_tokens or 2**62)
+    passes = tokens * (2 + options.propagate) + sample * (options.scale_grid * (1 + options.duo) + 2)
+    sums = tokens * source.layers * 2 * source.config.text.hidden_size * options.sketch_rows
+    grids = options.scale_grid * (1 + options.duo) + (options.clip_grid * options.max_shrink + 1) * options.clip
+    rounds = weights * (grids + ROUNDINGS) * _timed(_rounding)
+    return spent + (2 * weights * passes + 2 * sums + _vision_flops(source, data)) * _timed(_product) + rounds
+
+
+def _vision_flops(source: Source, data: Data) -> int:
+    vision = source.config.vision
+    if vision is None:
+        return 0
+    tower = part(source.index, "vision_tower.")
+    numbers = sum(tower.entry(name).nbytes // tower.entry(name).dtype.itemsize for name in tower.names())
+    return 2 * numbers * vision.num_features * data.pictures
+
+
+def _timed(work: Callable[[], int]) -> float:
+    """Seconds for one unit of some work: the best of three, after one that is not counted."""
+    work()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        units = work()
+        best = min(best, (time.perf_counter() - start) / units)
+    return best
+
+
+def _product() -> int:
+    """A product of matrices; its units are floating-point operations."""
+    a = torch.ones(256, 1024)
+    torch.nn.functional.linear(a, torch.ones(1024, 1024))
+    return 2 * 256 * 1024 * 1024
+
+
+def _rounding() -> int:
+    """A round trip of weights through 4 bits; its units are weights."""
+    groups = torch.ones(512, 8, 128)
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    scale = (high - low + 1) / 15
+    (groups / scale - low).round_().clamp_(0, 15).add_(low).mul_(scale)
+    return groups.numel()
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if count >= u), (1024, "KiB"))
+    return f"{count / unit:.1f} {name}"
