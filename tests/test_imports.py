@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
     "tinychat.config": {"tinychat.core", "tinychat.errors"},
     "tinychat.checkpoint": {"tinychat.weight_files", "tinychat.errors", LAYOUT},
     "tinychat.weight_files": {"tinychat.errors"},
+    "tinychat.hub": {"tinychat.config", "tinychat.errors"},
     "tinychat.layers": {"tinychat_kernels", "tinychat.errors"},
     "tinychat.models": {"tinychat.layers", "tinychat.config", "tinychat.checkpoint", "tinychat.errors"},
     "tinychat.inputs": {"tinychat.core", "tinychat.config", "tinychat.errors"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
 }  # fmt: skip
 IN_FUNCTIONS = {"tinychat.models": {"tinychat.load"}, "tinychat.engine": {"tinychat.load"}}
 VERBS = {"tinychat.cli", "tinychat.ask", "tinychat.bench", "tinychat.doctor", "tinychat.__main__"}
-ASSEMBLY = {"tinychat.load", "tinychat.quantize", "tinychat.planner", *VERBS}  # anything, lazily
+ASSEMBLY = {"tinychat.load", "tinychat.placement", "tinychat.quantize", "tinychat.planner", *VERBS}  # anything, lazily
 
 ONLY_IN = {  # a third party -> the modules that may know it
     "transformers": {"tinychat.config", "tinychat.inputs", "tinychat.engine.foreign", "tinychat.models", *ASSEMBLY},

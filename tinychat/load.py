@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from tinychat.checkpoint import Index
 from tinychat.config import FLOAT_TYPES, VilaConfig, read_config, read_json
 from tinychat.core import Progress
 from tinychat.engine.engine import CHUNK, CONTEXT
-from tinychat.errors import CapacityError, ModelError, UsageError
+from tinychat.errors import ModelError, UsageError
+from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
+from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
 
@@ -27,41 +28,11 @@ if TYPE_CHECKING:
     from tinychat.planner import Plan
 
 Json = dict[str, Any]
-Dtype = torch.dtype | str | None
-DeviceMap = str | Mapping[str, str | int | torch.device] | None
-MaxMemory = Mapping[int | str, int | str] | None
 Report = Callable[[Progress], None]
 
 EMBEDDED = Path(__file__).parent / "assets" / "demo" / "model"
 SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 FLOAT32_LIMIT = 2**30  # bytes up to which a CPU takes 16-bit weights as float32: exact, and faster to compute with
-WORDS = ["*.json", "*.jinja", "*.txt", "*.model"]  # configs, chat templates, vocabularies
-SAFE = [*WORDS, "*.safetensors"]
-PICKLED = ["*.bin", "*.pt"]
-HUB_FAULTS = (  # an exception of huggingface_hub, the first that fits; what it means; what to do
-    (
-        "HFValidationError",
-        "{repo!r} is neither a folder nor a hub id",
-        "give an existing folder, or owner/name as on the hub",
-    ),
-    (
-        "GatedRepoError",
-        "the hub gives {repo} only to those who were granted access",
-        "accept its terms on its page, then log in with `hf auth login`",
-    ),
-    (
-        "RepositoryNotFoundError",
-        "there is no folder {repo}, and the hub has no model {repo}",
-        "check the name; for a private model log in with `hf auth login`",
-    ),
-    ("RevisionNotFoundError", "the hub has no revision {revision} of {repo}", "check the revision"),
-    (
-        "LocalEntryNotFoundError",
-        "there is no folder {repo}, the cache has no complete copy, and the hub cannot be reached",
-        "connect once (and unset HF_HUB_OFFLINE), or give a folder",
-    ),
-)
-NOT_NEEDED = ["onnx/*", "original/*", "consolidated*", "training_args.bin", "optimizer*", "scheduler*", "rng_state*"]
 
 
 def load(
@@ -113,32 +84,6 @@ class Source:
     config: VilaConfig
     index: Index
     spec: QuantSpec | None
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where the weights go, and as what. Raises UsageError where the arguments contradict each other."""
-
-    dtype: Dtype = None
-    device: str | torch.device | None = None
-    device_map: DeviceMap = None
-    max_memory: MaxMemory = None
-    dequantize: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dequantize and self.device_map is not None:
-            raise UsageError("both --dequantize and a --device-map are given", "give one of the two")
-        if self.device is not None and self.device_map is not None:
-            raise UsageError("both a --device and a --device-map are given", "give one of the two")
-        if self.max_memory is not None and self.device_map is None:
-            raise UsageError("--max-memory is given without --device-map", "add a device map, such as auto")
-
-    @property
-    def main_device(self) -> torch.device:
-        """Where the model computes: the device, or with a device map CUDA."""
-        if self.device_map is not None:
-            return torch.device("cuda")
-        return default_device() if self.device is None else torch.device(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +148,12 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
     model = empty_model(source.config, dtype, source.spec)
     device_map = None
     if placement.device_map is not None:
-        device_map = _device_map(model, placement.device_map, placement.max_memory, dtype)
+        device_map = make_device_map(model, placement.device_map, placement.max_memory, dtype)
     checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, _reporter(progress))
     if placement.dequantize:
         dequantize(model, dtype)
     model.eval()
-    return _dispatched(model, device_map) if device_map else model
+    return dispatched(model, device_map) if device_map else model
 
 
 def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK) -> Plan:
@@ -223,42 +168,10 @@ def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK)
         weights_bytes=planner.weights_bytes(source.index, kind, placement.dequantize),
         dtype=kind,
         device=where if placement.device_map is None else default_device(),
-        free=None if placement.device_map is None else _room(placement.device_map, placement.max_memory),
+        free=None if placement.device_map is None else room(placement.device_map, placement.max_memory),
         quantized=source.spec is not None and not placement.dequantize,
         chunk=chunk,
     )
-
-
-def _room(device_map: str | Mapping[str, Any], max_memory: MaxMemory) -> int:
-    """Bytes on all devices of a map together, each up to its limit."""
-    from tinychat import planner
-
-    limits = dict(max_memory or {})
-    every: list[Any] = list(limits) or [*range(torch.cuda.device_count()), "cpu"]
-    used = every if isinstance(device_map, str) else dict.fromkeys(device_map.values())
-    return sum(min(_size(limits.get(name, sys.maxsize)), planner.free_bytes(_present(name))) for name in used)
-
-
-def _present(name: str | int | torch.device) -> torch.device:
-    """A device of a map. Raises UsageError for one that is not here."""
-    count = torch.cuda.device_count()
-    try:
-        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"there is no device {name!r}", "name cpu, or a CUDA device by its number") from error
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(f"torch finds {count} CUDA devices, not {device}", "name cpu, or a smaller number")
-    return device
-
-
-def _size(limit: int | str) -> int:
-    """Bytes, from a number or accelerate's notation. Raises UsageError for anything else."""
-    from accelerate.utils.modeling import convert_file_size_to_int
-
-    try:
-        return convert_file_size_to_int(limit)
-    except ValueError as error:
-        raise UsageError(f"the limit of memory {limit!r} is no size", "give bytes, or such as 10GiB") from error
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
@@ -354,10 +267,6 @@ def choose_dtype(source: Source, asked: Dtype, device: torch.device) -> torch.dt
     return FLOAT_TYPES.get(named, stored)
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def resolve(model_id: str | Path | None, revision: str | None = None) -> Path:
     """The folder of a model: the embedded one (None), a folder, or a hub id's snapshot, downloaded where it is new.
 
@@ -372,94 +281,9 @@ def resolve(model_id: str | Path | None, revision: str | None = None) -> Path:
         return path
     if path.exists():
         raise ModelError(f"{path} is a file", f"give the folder of the model, for instance {path.absolute().parent}")
-    if _looks_like_path(str(model_id)):
-        raise ModelError(f"there is no folder {path}", _nearby(path))
-    return _snapshot(str(model_id), revision)
-
-
-def find_tower(folder: Path, config: VilaConfig) -> Path:
-    """The folder of an original LLaVA's vision tower: config.mm_vision_tower as a path, vision_tower/, or a hub id."""
-    named = config.mm_vision_tower or ""
-    local = [folder / name for name in (named, "vision_tower") if name]
-    for path in local:
-        if (path / "config.json").is_file():
-            return path
-    if not named or _looks_like_path(named):
-        tried = ", ".join(str(path) for path in local)
-        message = f"the vision tower {named!r} of {folder} was not found (looked for {tried})"
-        raise ModelError(message, f"put the tower into {folder / 'vision_tower'}")
-    return _snapshot(named, None)
-
-
-def _looks_like_path(text: str) -> bool:
-    parts = text.replace("\\", "/").split("/")
-    return len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[-1] == "" or "\\" in text
-
-
-def _nearby(path: Path) -> str:
-    """What to do about a folder that is not there: the nearest parent that is, and what it holds."""
-    parent = next((p for p in path.absolute().parents if p.is_dir()), Path("/"))
-    there = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]
-    return f"{parent} has {', '.join(there) or 'no folders'}"
-
-
-def _snapshot(repo: str, revision: str | None) -> Path:
-    """The files of a hub id that are needed, through the hub's cache; pickles only where there are no safetensors."""
-    folder = _download(repo, revision, SAFE)
-    if any(folder.rglob("*.safetensors")):
-        return folder
-    return _download(repo, revision, [*WORDS, *PICKLED])
-
-
-def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    transport: type[Exception] = vars(errors)["HTTPError"]  # of whichever HTTP library it uses
-    try:
-        found = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_NEEDED
-        )
-    except (ValueError, OSError, transport) as error:
-        for name, message, remedy in HUB_FAULTS:
-            if isinstance(error, getattr(errors, name)):
-                raise ModelError(message.format(repo=repo, revision=revision or "main"), remedy) from error
-        raise ModelError(f"{repo} could not be downloaded ({error})", "try again: what is there is kept") from error
-    return Path(found)
-
-
-def _device_map(
-    model: nn.Module, asked: str | Mapping[str, Any], max_memory: MaxMemory, dtype: torch.dtype
-) -> dict[str, Any]:
-    """accelerate's map of modules to devices. Raises CapacityError where something would go to disk."""
-    if not isinstance(asked, str):
-        return dict(asked)
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    if asked not in ("auto", "sequential"):
-        raise UsageError(f"the device map is {asked!r}", "give auto, sequential, or a mapping of modules to devices")
-    whole: Json = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
-    memory = dict(max_memory) if max_memory is not None else None
-    if asked == "auto":
-        memory = get_balanced_memory(model, memory, **whole)
-    found = infer_auto_device_map(model, memory, **whole)
-    if homeless := [name for name, device in found.items() if device == "disk"]:
-        which = (
-            f"{len(homeless)} parts of the model ({homeless[0]}, ...) fit" if homeless[0] else "the whole model fits"
-        )
-        raise CapacityError(
-            f"{which} on no device within the memory allowed", "allow more memory, or take a 4-bit checkpoint"
-        )
-    return found
-
-
-def _dispatched(model: VilaLlamaForCausalLM, device_map: dict[str, Any]) -> VilaLlamaForCausalLM:
-    from accelerate import dispatch_model
-
-    if len(set(map(str, device_map.values()))) > 1:
-        dispatch_model(model, device_map)  # hooks that move activations between the devices, set in place
-    return model
+    if looks_like_path(str(model_id)):
+        raise ModelError(f"there is no folder {path}", nearby(path))
+    return snapshot(str(model_id), revision)
 
 
 def _reporter(progress: Report | None) -> checkpoint.Progress | None:
