@@ -1,0 +1,270 @@
+"""The quality card: what quantizing has cost a model, measured on data that it was not calibrated on.
+
+`make_card` measures one model after the other, so that only one is in memory: the original first, whose predictions
+are put aside; then, where they are given, the model rounded to nearest and the quantized one.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tinychat.engine.engine import Engine
+from tinychat.errors import UsageError
+from tinychat.eval import divergence, fidelity, page, probes
+from tinychat.eval.divergence import Compared, Divergence, Held
+from tinychat.eval.fidelity import LayerFidelity, OutputErrors, Weight
+from tinychat.eval.heldout import KINDS, Heldout, Item, fingerprint, heldout
+from tinychat.eval.perplexity import perplexity, read_text, text_ids, windows_in
+from tinychat.eval.probes import ProbeScore
+from tinychat.eval.spill import LIMIT, Spill, spilling
+from tinychat.inputs.processor import Processor
+
+MEASURES = ("ppl", "probes", "divergence")
+WINDOW = 2048  # tokens of a window of a text that the caller gives
+OWN_WINDOW = 256  # and of ours, which is short
+PACKAGES = ("tinychat", "torch", "transformers")
+NO_BASE = "There is no original model to compare with: divergence and fidelity are left out."
+NO_WEIGHTS = "The original's weights are quantized themselves: only the layers' outputs are compared."
+TEXT_ONLY = "The model reads text only: what needs pictures is left out."
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to measure: `open` loads it, or gives it where it is loaded; `weight` reads the weight `[N, K]` of one
+    of the decoder's linears, by its name."""
+
+    title: str
+    open: Callable[[], Engine]
+    weight: Weight | None = None
+
+    @classmethod
+    def of(cls, title: str, engine: Engine) -> Subject:
+        """A model that is loaded and stays so."""
+        return cls(title, lambda: engine, fidelity.weights_in(engine.model))
+
+
+@dataclass(frozen=True, slots=True)
+class CardPlan:
+    """What to measure (MEASURES), on which held-out set, on how many samples of a kind, on which text file."""
+
+    heldout: str = "plain"
+    samples: int | None = None
+    text: Path | None = None
+    seqlen: int | None = None
+    measures: tuple[str, ...] = MEASURES
+    spill_limit: int = LIMIT
+
+    def __post_init__(self) -> None:
+        heldout(self.heldout)
+        for name, least in (("samples", 1), ("seqlen", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}", f"give {least} or more")
+
+    @property
+    def data(self) -> Heldout:
+        return heldout(self.heldout)
+
+    @property
+    def per_kind(self) -> int:
+        """Samples of each kind: those asked for, else the set's own number."""
+        return self.samples or self.data.samples
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the figures were measured on; None where the measure was not taken."""
+
+    heldout: str
+    samples: int
+    heldout_sha256: str | None = None
+    text: str | None = None
+    text_sha256: str | None = None
+    seqlen: int | None = None
+    windows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The figures of one model; those against the original by kind of data, `all` among them."""
+
+    title: str
+    perplexity: float | None = None
+    probes: tuple[ProbeScore, ...] = ()
+    divergence: Mapping[str, Divergence] = field(default_factory=dict[str, Divergence])
+    layers: tuple[LayerFidelity, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """All figures by model (`base`, `nearest`, `quantized`, those that were given), and the facts of the quantizing."""
+
+    columns: Mapping[str, Column]
+    measured: Measured
+    facts: Mapping[str, Any]
+    left_out: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that quality.json holds, schema tinychat.card/1."""
+        return page.as_json(self)
+
+    def write(self, folder: Path) -> None:
+        """Put quality.json and the part of README.md into a model's folder, replacing those of before.
+
+        Raises TinychatError where the folder cannot be written.
+        """
+        page.write(self, folder)
+
+
+def make_card(
+    base: Subject | None,
+    quantized: Subject,
+    nearest: Subject | None = None,
+    *,
+    plan: CardPlan | None = None,
+    facts: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+) -> Card:
+    """Measure the models one after the other; `report` gets a line for each figure as it comes.
+
+    Raises ModelError where the models do not belong together or give NaN, UsageError for a text that is too short.
+    """
+    plan = plan or CardPlan()
+    with spilling(plan.spill_limit) as spill:
+        exam = _Exam(plan, report or (lambda _: None), spill)
+        columns: dict[str, Column] = {}
+        if base is not None:
+            columns["base"] = exam.base(base)
+        else:
+            exam.leave_out(NO_BASE)
+        for name, subject in (("nearest", nearest), ("quantized", quantized)):
+            if subject is not None:
+                columns[name] = exam.other(subject, base)
+        return Card(columns, exam.measured(), facts or {}, tuple(exam.left_out), _versions())
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+@dataclass
+class _Exam:
+    """One card in the making: what the original said is held in `held` and `spill`, entry by entry."""
+
+    plan: CardPlan
+    report: Report
+    spill: Spill
+    items: list[Item] = field(default_factory=list[Item])
+    held: list[Held] = field(default_factory=list[Held])
+    left_out: list[str] = field(default_factory=list[str])
+    text: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def leave_out(self, why: str) -> None:
+        if why not in self.left_out:
+            self.left_out.append(why)
+
+    def measured(self) -> Measured:
+        digest = fingerprint(tuple(self.items)) if self.items else None
+        return Measured(self.plan.heldout, self.plan.per_kind, digest, **self.text)
+
+    def base(self, subject: Subject) -> Column:
+        """The original's own figures; its predictions on the held-out set are put aside."""
+        engine = subject.open()
+        if "divergence" in self.plan.measures:
+            sees = _sees(engine)
+            self.items = [item for item in self.plan.data.items(self.plan.per_kind) if sees or item.kind == "text"]
+            for item in self.items:
+                self._hold(engine, item)
+            self.report(f"{subject.title}: {len(self.held)} held-out answers")
+            if subject.weight is None:
+                self.leave_out(NO_WEIGHTS)
+        return Column(subject.title, self._perplexity(subject, engine), self._probes(subject, engine))
+
+    def other(self, subject: Subject, base: Subject | None) -> Column:
+        """Another model's figures, those against the original among them where there is one."""
+        gc.collect()  # the model before may lie in a cycle
+        engine = subject.open()
+        found: dict[str, Divergence] = {}
+        layers: tuple[LayerFidelity, ...] = ()
+        if base is not None and self.held:
+            found, outputs = self._compare(engine)
+            value = found["all"]
+            self.report(f"{subject.title}: KL {value.kl.value:.4g}, same token {100 * value.top1.value:.1f} %")
+            weights = list(fidelity.compare_weights(_module(engine), base.weight)) if base.weight else []
+            layers = fidelity.joined(outputs, weights)
+        return Column(subject.title, self._perplexity(subject, engine), self._probes(subject, engine), found, layers)
+
+    def _hold(self, engine: Engine, item: Item) -> None:
+        held = divergence.continued(engine, item)
+        reading = divergence.read(engine, held)
+        self.held.append(held)
+        self.spill.put({**divergence.coded(reading.logits), "outputs": reading.outputs})
+
+    def _compare(self, engine: Engine) -> tuple[dict[str, Divergence], list[fidelity.Fidelity]]:
+        compared: list[Compared] = []
+        errors = OutputErrors()
+        for index, (item, held) in enumerate(zip(self.items, self.held, strict=True)):
+            divergence.check_same_tokens(engine, item, held)
+            reading, base = divergence.read(engine, held), dict(self.spill.get(index))
+            errors.add(reading.outputs, base.pop("outputs"))
+            compared.append(divergence.compare(held, base, reading.logits))
+        kinds: dict[str, Sequence[Compared]] = {kind: [one for one in compared if one.kind == kind] for kind in KINDS}
+        groups = {"all": compared, **{kind: group for kind, group in kinds.items() if group}}
+        return {kind: divergence.summarize(group) for kind, group in groups.items()}, errors.layers()
+
+    def _perplexity(self, subject: Subject, engine: Engine) -> float | None:
+        if "ppl" not in self.plan.measures:
+            return None
+        name, digest, ids = _text(self.plan, engine.processor)
+        seqlen = _seqlen(self.plan, engine.processor)
+        found = perplexity(_module(engine), ids, seqlen)
+        self.text = {"text": name, "text_sha256": digest, "seqlen": seqlen, "windows": windows_in(ids, seqlen)}
+        self.report(f"{subject.title}: perplexity {found:.4g}")
+        return found
+
+    def _probes(self, subject: Subject, engine: Engine) -> tuple[ProbeScore, ...]:
+        if not _sees(engine):
+            self.leave_out(TEXT_ONLY)
+            return ()
+        if "probes" not in self.plan.measures:
+            return ()
+        scores = probes.score_probes(engine, probes.draw_probes(self.plan.heldout, self.plan.per_kind))
+        self.report(f"{subject.title}: probes {100 * probes.share_right(scores):.1f} % right")
+        return scores
+
+
+def _module(engine: Engine) -> Any:
+    """The engine's model as a module that can be called: the engine itself needs less of it."""
+    return engine.model
+
+
+def _sees(engine: Engine) -> bool:
+    return engine.processor.image_processor is not None and bool(engine.processor.tokens_per_image)
+
+
+def _text(plan: CardPlan, processor: Processor) -> tuple[str, str, tuple[int, ...]]:
+    """The text's name, sha256 and tokens: the caller's file, else the held-out set's own."""
+    if plan.text is not None:
+        text = read_text(plan.text)
+        return plan.text.name, hashlib.sha256(text.encode()).hexdigest(), text_ids(processor, text)
+    requests = plan.data.text()
+    digest = fingerprint(tuple(Item("text", request) for request in requests))
+    ids = tuple(token for request in requests for token in processor(request).ids)
+    return f"held-out set {plan.heldout}", digest, ids
+
+
+def _seqlen(plan: CardPlan, processor: Processor) -> int:
+    """The window asked for, else the usual one. Raises UsageError beyond what the positions are made for."""
+    longest = processor.config.text.max_position_embeddings
+    if plan.seqlen is not None and plan.seqlen > longest:
+        message = f"windows of {plan.seqlen} tokens are asked for, the model is made for {longest}"
+        raise UsageError(message, f"try --seqlen {longest}")
+    return plan.seqlen or min(WINDOW if plan.text is not None else OWN_WINDOW, longest)

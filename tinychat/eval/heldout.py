@@ -1,0 +1,104 @@
+"""What models are compared on: dialogues about pictures, and text, that none of them was calibrated on.
+
+`demo` is the demo generator's held-out split, for models trained on its other splits. `plain` are generated pictures
+with everyday questions and a small English text, for models that know the world.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tinychat.core import Image, Message, Request, StoppingParams, Text
+from tinychat.errors import UsageError
+from tinychat.eval import prose
+from tinychat.eval.demo import sample_at
+from tinychat.eval.tasks import messages, png
+
+Kind = Literal["text", "pictures"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SEED = 1  # the demo tasks ask samples of seed 0
+ANSWER_TOKENS = 48
+OPEN_QUESTIONS = (
+    "Describe the picture in one sentence.",
+    "What do you see in this picture?",
+    "List the things in the picture and their colours.",
+    "Is there any text in the picture? If so, what does it say?",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Something to read and continue; where `reads_prompt`, the prompt's own text is predicted as well."""
+
+    kind: Kind
+    request: Request
+    reads_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Heldout:
+    """A set by its name: its items, so many of each kind, and its text for perplexity as requests to be joined."""
+
+    name: str
+    samples: int
+    items: Callable[[int], Iterator[Item]]
+    text: Callable[[], tuple[Request, ...]]
+
+
+def heldout(name: str) -> Heldout:
+    """The set of that name. Raises UsageError where there is none."""
+    if name not in SETS:
+        raise UsageError(f"there is no held-out set {name!r}", f"the sets are {', '.join(SETS)}")
+    return SETS[name]
+
+
+def fingerprint(items: tuple[Item, ...]) -> str:
+    """sha256 of what is asked, words and pictures."""
+    digest = hashlib.sha256()
+    for item in items:
+        request = item.request
+        for part in (*request.parts, *(part for message in request.messages for part in message.parts)):
+            digest.update(part.text.encode() if isinstance(part, Text) else part.data or b"")
+            digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _asked(name: str, turns: tuple[Message, ...]) -> Request:
+    return Request(name, turns, stopping=StoppingParams(max_new_tokens=ANSWER_TOKENS))
+
+
+def _demo_items(samples: int) -> Iterator[Item]:
+    """The last question of held-out dialogues, what was said before as it should have been."""
+    for pictures, kind in enumerate(KINDS):  # none, or one
+        for index in range(samples):
+            drawn = sample_at("heldout", index, SEED, pictures)
+            yield Item(kind, _asked(f"{kind} {index}", messages(drawn, len(drawn.turns) - 1)))
+
+
+def _demo_text() -> tuple[Request, ...]:
+    drawn = (sample_at("heldout", index, SEED + 1, 0) for index in range(200))
+    return tuple(Request("text", messages(sample, len(sample.turns) - 1)) for sample in drawn)
+
+
+def _plain_items(samples: int) -> Iterator[Item]:
+    """Paragraphs to read and continue, and pictures to describe."""
+    stopping = StoppingParams(max_new_tokens=ANSWER_TOKENS)
+    for index, paragraph in enumerate(prose.paragraphs()[:samples]):
+        yield Item("text", Request(f"text {index}", parts=(Text(paragraph),), stopping=stopping), reads_prompt=True)
+    for index in range(samples):
+        picture = png(sample_at("heldout", index, SEED, 1).pictures[0])
+        question = OPEN_QUESTIONS[index % len(OPEN_QUESTIONS)]
+        yield Item("pictures", _asked(f"pictures {index}", (Message("user", (Image(data=picture), Text(question))),)))
+
+
+def _plain_text() -> tuple[Request, ...]:
+    return (Request("text", parts=(Text(prose.joined()),)),)
+
+
+SETS = {
+    "demo": Heldout("demo", 64, _demo_items, _demo_text),
+    "plain": Heldout("plain", 16, _plain_items, _plain_text),
+}

@@ -1,0 +1,76 @@
+"""Perplexity by the standard protocol: windows of the joined text that do not overlap, the last partial one dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from tinychat.core import Request, Text
+from tinychat.engine.engine import running
+from tinychat.errors import ModelError, UsageError
+from tinychat.inputs.processor import Processor
+
+ROWS = 512  # positions whose losses are computed at once
+
+
+class LanguageModel(Protocol):
+    """Ours or any of transformers': called with input_ids `[B, T]` it gives logits `[B, T, V]`."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def __call__(self, input_ids: Tensor) -> Any: ...
+
+
+def perplexity(model: LanguageModel, ids: Sequence[int], seqlen: int) -> float:
+    """exp of the mean negative log-likelihood of ids `[N]`, read in windows of `seqlen`.
+
+    A window's first token is context alone, and no window sees another. Raises UsageError for a text shorter than one
+    window, ModelError where the model gives NaN.
+    """
+    if seqlen < 2:
+        raise UsageError(f"a window of {seqlen} tokens predicts nothing", "give --seqlen 2 or more")
+    if len(ids) < seqlen:
+        remedy = f"give a longer text, or --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
+        raise UsageError(f"the text has {len(ids)} tokens, one window takes {seqlen}", remedy)
+    windows = torch.tensor(ids[: windows_in(ids, seqlen) * seqlen], device=model.device).view(-1, seqlen)
+    total = math.fsum(_window_loss(model, window) for window in windows)
+    mean = total / (len(windows) * (seqlen - 1))
+    if math.isnan(mean):
+        raise ModelError("the model's likelihood of the text is not a number", "check its weights")
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def windows_in(ids: Sequence[int], seqlen: int) -> int:
+    """How many whole windows a text has."""
+    return len(ids) // seqlen
+
+
+def _window_loss(model: LanguageModel, window: Tensor) -> float:
+    """window `[T]` -> the sum of T - 1 negative log-likelihoods."""
+    with running():
+        logits = model(input_ids=window[None]).logits[0]
+        pieces = zip(logits[:-1].split(ROWS), window[1:].split(ROWS), strict=True)
+        return math.fsum(float(cross_entropy(rows.float(), ids, reduction="sum")) for rows, ids in pieces)
+
+
+def text_ids(processor: Processor, text: str) -> tuple[int, ...]:
+    """A text as its tokens: no chat template, and nothing in it is special. Raises UsageError where it is empty."""
+    if not text.strip():
+        raise UsageError("the text is empty", "give a text file with words in it")
+    return processor(Request("text", parts=(Text(text),))).ids
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. Raises UsageError where it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text in UTF-8 (byte {error.start})", "give a text file") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", "give a text file") from error
