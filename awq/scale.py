@@ -41,12 +41,12 @@ class Inspection:
 class Factors:
     """What the scales make of a block's parameters: rows of a module's output, columns of its input."""
 
-    rows: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)  # what they are divided by
     columns: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, previous: str, linears: Sequence[str], scale: Tensor) -> None:
         """`previous` gives 1/scale of what it gave, and the linears take it back. A module is in one group a side."""
-        self.rows[previous] = 1 / scale
+        self.rows[previous] = scale
         self.columns.update(dict.fromkeys(linears, scale))
 
     def apply(self, name: str, parameter: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ class Factors:
             wide = wide * self.columns[module].to(wide)
         if module in self.rows:
             rows = self.rows[module].to(wide)
-            wide = wide * (rows[:, None] if wide.ndim == 2 else rows)
+            wide = wide / (rows[:, None] if wide.ndim == 2 else rows)
         return wide
 
     def undo(self, module: str, weight: Tensor) -> Tensor:
         """What a weight `[N, K]` with factors does in the units of the block as it came."""
         if module in self.columns:
             weight = weight / self.columns[module]
-        return weight / self.rows[module][:, None] if module in self.rows else weight
+        return weight * self.rows[module][:, None] if module in self.rows else weight
 
 
 def search_scale(
