@@ -26,6 +26,7 @@ from tinychat.flags import (
     DoctorFlags,
     EvalFlags,
     ModelFlags,
+    QuantizeFlags,
     SamplingFlags,
     Verbose,
     checkpoint_sampling,
@@ -34,6 +35,8 @@ from tinychat.flags import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from tinychat.ask import Asker, Query
     from tinychat.core import Progress
     from tinychat.engine.engine import Engine
@@ -165,20 +168,43 @@ def bench(flags: BenchFlags, model: ModelFlags) -> int:
 @app.command(name="eval")
 @with_flags
 def evaluate(flags: EvalFlags, model: ModelFlags) -> int:
-    """Measure how well a model answers."""
-    from tinychat.eval import report as evaluating
+    """Measure how well a model answers, and what quantizing has cost it."""
+    from tinychat import evaluate as evaluating
 
     named = flags.words[0] if flags.words else model.model
     if flags.words and model.model not in (None, named):
         raise UsageError(f"both {named} and --model {model.model} are given", "give one of the two")
-    plan = evaluating.Plan(named or EMBEDDED, flags.per_task, tuple(flags.only))
-    loaded = open_model(replace(model, model=named))
-    found = evaluating.measure(plan, loaded.engine, _note)
+
+    def opened(name: str | None) -> Engine:
+        return open_model(replace(model, model=name, revision=model.revision if name == named else None)).engine
+
+    end = evaluating.perform(evaluating.job_of(flags, named, model.revision), opened, _note)
     if flags.json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(end.found))
     else:
-        _draw_table(evaluating.rows(found))
-    return int(min(score["share"] for score in found["scores"]) < flags.fail_under)
+        for table in end.tables:
+            _draw_table(table)
+        for line in end.lines:
+            _say(line)
+    for sentence in end.failed:
+        _note(f"--fail-under: {sentence}")
+    return int(bool(end.failed))
+
+
+@app.command()
+@with_flags
+def quantize(flags: QuantizeFlags) -> int:
+    """Make a 4-bit checkpoint of a model, a layer at a time, within a memory limit, resumable."""
+    import torch
+
+    from tinychat.quantize import verb
+    from tinychat.terminal.answers import is_plain
+    from tinychat.terminal.quantizing import make_board
+
+    _checked_device(flags.device)
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    return verb.perform(flags, make_board(sys.stderr, is_plain(sys.stderr, flags.plain)), _say)
 
 
 @app.command()
@@ -220,20 +246,26 @@ def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:
 
 def _placement(flags: ModelFlags) -> Placement:
     """The flags in the loader's words; raises UsageError for a device that is not here."""
-    import torch
-
     from tinychat.load import Placement
 
+    device = _checked_device(flags.device)
+    return Placement(flags.dtype, device, flags.device_map, parse_max_memory(flags.max_memory), flags.dequantize)
+
+
+def _checked_device(name: str | None) -> torch.device | None:
+    """A device by its name. Raises UsageError for one that is not here."""
+    import torch
+
     try:
-        device = torch.device(flags.device) if flags.device else None
+        device = torch.device(name) if name else None
     except RuntimeError as error:
-        raise UsageError(f"there is no device {flags.device!r}", "give cpu, cuda or cuda:N") from error
+        raise UsageError(f"there is no device {name!r}", "give cpu, cuda or cuda:N") from error
     count = torch.cuda.device_count()
     if device is not None and device.type == "cuda" and (device.index or 0) >= count:
         raise UsageError(
             f"torch finds {count} CUDA devices, not {device}", "see `tinychat doctor`, or give --device cpu"
         )
-    return Placement(flags.dtype, device, flags.device_map, parse_max_memory(flags.max_memory), flags.dequantize)
+    return device
 
 
 @contextmanager

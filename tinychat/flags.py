@@ -153,19 +153,124 @@ class EvalFlags:
     """What is measured, on how many questions, and when the result counts as a failure."""
 
     words: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]", help="The same as --model.")] = None
-    tasks: Annotated[str, typer.Option(help="What to measure: demo (generated pictures with known answers).")] = "demo"
-    per_task: Annotated[int, typer.Option(help="Questions of each task and split.", min=1)] = 200
-    only: Annotated[list[str], typer.Option(metavar="TASK", help="Only this task, such as read; repeatable.")] = field(
-        default_factory=list
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="What to measure, of demo (questions about generated pictures), ppl (perplexity) and probes "
+            "(generated pictures that ask for one ability each), separated by commas.",
+            show_default="demo; with --against or --card ppl,probes",
+        ),
+    ] = None
+    per_task: Annotated[int, typer.Option(help="demo: questions of each task and split.", min=1)] = 200
+    only: Annotated[list[str], typer.Option(metavar="TASK", help="demo: only this task, such as read; repeatable.")] = (
+        field(default_factory=list)
     )
-    fail_under: Annotated[float, typer.Option(help="End with code 1 where a task scores lower, 0 to 1.")] = 0.0
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="The model that MODEL was made from, to compare it with.")
+    ] = None
+    nearest: Annotated[
+        bool | None,
+        typer.Option(
+            "--nearest/--no-nearest",
+            help="Measure BASE rounded to nearest as well.",
+            show_default="with --card, where MODEL is quantized",
+        ),
+    ] = None
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="ppl: a text in UTF-8.", show_default="a small one of ours")
+    ] = None
+    seqlen: Annotated[
+        int | None,
+        typer.Option(help="ppl: tokens of a window.", min=2, show_default="2048, or 256 without --text"),
+    ] = None
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Held-out dialogues of each kind, and probes of each kind and size.",
+            min=1,
+            show_default="64 for demo models, else 16",
+        ),
+    ] = None
+    heldout: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compare and probe on: demo (what the embedded model knows) or plain.",
+            show_default="by the model's vocabulary",
+        ),
+    ] = None
+    fail_under: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOUNDS",
+            help="End with code 1 where a figure is worse, such as top1=0.95,kl=0.05,probes=0.8. At least: demo, "
+            "probes, top1, unchanged, sqnr; at most: ppl, ppl_ratio, kl, kl99. A number alone is for demo.",
+        ),
+    ] = None
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the card into MODEL's folder: quality.json, a part of README.md.")
+    ] = False
+    plots: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Draw the errors as PNG files; needs the extra plots.")
+    ] = None
     json: AsJson = False
 
     def __post_init__(self) -> None:
-        if self.tasks != "demo":
-            raise UsageError(f"--tasks is {self.tasks!r}", "give demo")
         if len(self.words or []) > 1:
             raise UsageError(f"{len(self.words or [])} models are named", "evaluate one at a time")
+
+
+@dataclass(frozen=True)
+class QuantizeFlags:
+    """What is quantized, how, on which data, and within which bounds."""
+
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A folder or a hub id, in 16 or 32 bits.")] = None
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None
+    method: Annotated[str, typer.Option(help="awq: search what the weights can bear; rtn: round to the nearest.")] = (
+        "awq"
+    )
+    bits: Annotated[int, typer.Option(help="Bits a weight; other than 4 with --pseudo alone.")] = 4
+    group_size: Annotated[int, typer.Option(help="Weights a scale: 32, 64 or 128; -1 is a row.")] = 128
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False
+    pseudo: Annotated[
+        bool, typer.Option("--pseudo", help="Write 16-bit weights that stand for the quantized ones.")
+    ] = False
+    calib: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SOURCE",
+            help="Calibration data: a .jsonl file, a text file, or a folder of pictures with questions; repeatable.",
+            show_default="a set that is generated",
+        ),
+    ] = field(default_factory=list)
+    calib_samples: Annotated[int, typer.Option(help="Calibration sequences.", min=1)] = 64
+    calib_seqlen: Annotated[int, typer.Option(help="Tokens of each, at most.", min=1)] = 512
+    seed: Annotated[int, typer.Option(help="The same seed draws the same data.")] = 0
+    template: Annotated[
+        str | None, typer.Option(help="Chat template by name, such as vicuna_v1.", show_default="the checkpoint's")
+    ] = None
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Search ranges as well as scales.")] = True
+    duo: Annotated[bool, typer.Option("--duo/--no-duo", help="Weigh the weights' magnitudes too.")] = False
+    joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Search ranges and scales together.")] = False
+    propagate: Annotated[
+        bool, typer.Option("--propagate/--no-propagate", help="Show each layer what the quantized ones before it give.")
+    ] = False
+    scale_grid: Annotated[int, typer.Option(help="Scales tried.", min=1)] = 20
+    loss_tokens: Annotated[int, typer.Option(help="Tokens that judge a scale.", min=1)] = 2048
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu")] = None
+    max_ram: Annotated[
+        str | None, typer.Option(help="Memory to use, such as 6GiB.", show_default="nine tenths of what is free")
+    ] = None
+    max_disk: Annotated[str | None, typer.Option(help="Disk to use.", show_default="what is free")] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="torch decides")] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with work that was cut off.")] = False
+    plain: Plain = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object an event.")] = False
+
+    def __post_init__(self) -> None:
+        if self.model is None or self.out is None:
+            raise UsageError("a model and a folder to write are needed", "write tinychat quantize MODEL OUT")
 
 
 @dataclass(frozen=True)
@@ -187,6 +292,17 @@ def checkpoint_sampling(generation: Mapping[str, Any]) -> SamplingParams:
     if generation.get("do_sample"):
         return SamplingParams(**({"temperature": 1.0, "top_k": 50} | given))
     return SamplingParams(repetition_penalty=given.get("repetition_penalty", 1.0))
+
+
+def parse_size(flag: str, text: str | None) -> int | None:
+    """`6GiB` or `500MB` -> bytes. Raises UsageError."""
+    if text is None:
+        return None
+    if not SIZE.fullmatch(text):
+        raise UsageError(f"{flag} has the size {text!r}", "write it as 10GiB, 500MB or 64KiB")
+    unit = text.lstrip("0123456789.")
+    power = "KMG".index(unit[0].upper()) + 1
+    return int(float(text.removesuffix(unit)) * (1024 if "i" in unit.lower() else 1000) ** power)
 
 
 def parse_max_memory(text: str | None) -> dict[int | str, str] | None:

@@ -5,7 +5,7 @@ The tower's layers may be read one at a time, each when it is its turn; of the e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,8 @@ class Embedder:
         fill(module, Index({name: index.entry(name) for name in resident}), self.device)
         for name in layers:
             layer, weights = module.get_submodule(name), part(index, f"{name}.")
-            layer.register_forward_pre_hook(lambda layer, _args, weights=weights: fill(layer, weights, self.device))
-            layer.register_forward_hook(lambda layer, _args, _output: _emptied(layer))
+            layer.register_forward_pre_hook(_filler(weights, self.device))
+            layer.register_forward_hook(_emptied)
 
 
 def fill(module: nn.Module, index: Index, device: torch.device) -> None:
@@ -80,7 +80,11 @@ def fill(module: nn.Module, index: Index, device: torch.device) -> None:
         setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _emptied(module: nn.Module) -> None:
+def _filler(weights: Index, device: torch.device) -> Callable[[nn.Module, object], None]:
+    return lambda module, _args: fill(module, weights, device)
+
+
+def _emptied(module: nn.Module, _args: object, _output: object) -> None:
     module.to_empty(device="meta")
 
 

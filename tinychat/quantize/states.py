@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +104,5 @@ def writing(path: Path, hold: bool) -> Iterator[Sink]:
         yield Sink(path, file, hold)
 
 
-def _little(rows: Tensor) -> memoryview:
-    numbers = rows.numpy()
-    return memoryview(numbers if sys.byteorder == "little" else numbers.astype("<f4")).cast("B")
+def _little(rows: Tensor) -> bytes:
+    return rows.numpy().astype("<f4", copy=False).tobytes()

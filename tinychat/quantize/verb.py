@@ -1,0 +1,192 @@
+"""The command `tinychat quantize`: flags become a job, and its events lines, a bar, or JSON."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tinychat.core import Progress
+from tinychat.errors import TinychatError, UsageError
+from tinychat.quantize.job import Calibration, Job
+from tinychat.quantize.plan import Plan, size
+from tinychat.quantize.run import SCHEMA, Began, Event, LayerDone, Run, Written
+from tinychat.terminal.quantizing import Board, duration
+from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.layout import QuantSpec
+
+if TYPE_CHECKING:
+    from tinychat.flags import QuantizeFlags
+
+Say = Callable[[str], None]
+SEARCH = ("clip", "duo", "joint", "propagate", "scale_grid", "loss_tokens")
+STAGES = {"load": "reading the model's files", "vision": "reading the calibration data", "quantize": "quantizing"}
+
+
+def job_of(flags: QuantizeFlags) -> Job:
+    """The job that the flags describe. Raises UsageError, and ModelError where there is no such model."""
+    from tinychat import load
+    from tinychat.flags import parse_size
+
+    try:
+        spec = QuantSpec(flags.bits, flags.group_size, not flags.symmetric)
+    except LayoutError as error:
+        raise UsageError(str(error), "give other --bits or another --group-size") from error
+    wanted = Calibration(tuple(flags.calib), flags.calib_samples, flags.calib_seqlen, flags.seed, flags.template)
+    return Job(
+        folder=load.resolve(flags.model, flags.revision),
+        out=Path(flags.out or "").expanduser(),
+        method=flags.method,  # type: ignore[arg-type]  # checked by Job
+        spec=spec,
+        pseudo=flags.pseudo,
+        search={name: getattr(flags, name) for name in SEARCH},
+        calibration=wanted,
+        device=flags.device or "cpu",
+        max_ram=parse_size("--max-ram", flags.max_ram),
+        max_disk=parse_size("--max-disk", flags.max_disk),
+    )
+
+
+def command(flags: QuantizeFlags) -> str:
+    """The command line that goes on with a run of these flags."""
+    words = ["tinychat", "quantize", str(flags.model), str(flags.out)]
+    for field in fields(flags):
+        value, name = getattr(flags, field.name), field.name.replace("_", "-")
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name in ("model", "out", "resume", "dry_run") or value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                words += [f"--{name}", str(item)]
+    return shlex.join([*words, "--resume"])
+
+
+def perform(flags: QuantizeFlags, board: Board, say: Say) -> int:
+    """Plan, and unless only that is asked for, run; `say` prints to stdout. Raises TinychatError."""
+    run = Run(job_of(flags))
+    if flags.dry_run:
+        say(json.dumps(_json("plan", run.plan.to_json())) if flags.json else plan_text(run.plan, flags))
+        run.plan.check(run.job.out)
+        return 0
+    begun = False
+    try:
+        with terminable():
+            for event in run.events(flags.resume):
+                begun = begun or isinstance(event, Began)
+                _show(event, flags.json, board, say)
+    except (TinychatError, KeyboardInterrupt) as error:
+        board.stop()
+        if begun or isinstance(error, KeyboardInterrupt):
+            why = "interrupted; " if isinstance(error, KeyboardInterrupt) else ""
+            board.say(f"{why}the work so far is kept in {run.job.partial}; go on with: {command(flags)}")
+        raise
+    finally:
+        board.stop()
+    return 0
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A request to terminate ends the work as Ctrl-C does, with everything in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _show(event: Event, as_json: bool, board: Board, say: Say) -> None:
+    if as_json:
+        say(json.dumps(to_json(event)))
+    elif isinstance(event, Progress):
+        board.stage(STAGES[event.stage], event.done, event.total)
+    elif isinstance(event, Began):
+        board.say(began_text(event))
+    elif isinstance(event, LayerDone):
+        board.say(layer_text(event))
+        board.stage(STAGES["quantize"], event.index + 1, event.total, event.left)
+    else:
+        board.stop()
+        say(written_text(event))
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """An event as plain data."""
+    if isinstance(event, Progress):
+        return _json("progress", {"stage": event.stage, "done": event.done, "total": event.total})
+    if isinstance(event, Began):
+        return _json("began", {"done": event.done, "plan": event.plan.to_json()})
+    if isinstance(event, LayerDone):
+        return _json("layer", asdict(event))
+    return _json("written", {"out": str(event.out), "facts": event.facts})
+
+
+def _json(kind: str, rows: dict[str, Any]) -> dict[str, Any]:
+    return {"schema": SCHEMA, "event": kind, **rows}
+
+
+def began_text(event: Began) -> str:
+    """What is ahead, in a line."""
+    plan = event.plan
+    left = duration(plan.seconds * (plan.layers - event.done) / plan.layers)
+    before = f"{event.done} of {plan.layers} layers were done before; " if event.done else ""
+    return f"{before}about {left} with {size(plan.peak_ram)} of memory and {size(plan.disk)} of disk at most"
+
+
+def layer_text(event: LayerDone) -> str:
+    """One layer in a line."""
+    place = f"layer {event.index + 1} of {event.total}"
+    ending = f"{duration(event.seconds)}, {duration(event.left)} left"
+    if event.loss is None:
+        return f"{place}: rounded to the nearest, {ending}"
+    loss = f"loss {event.loss['rtn']:.3g} rounded to the nearest, {event.loss['awq']:.3g} searched"
+    return f"{place}: {loss}{', which is not kept' if event.kept == 'rtn' else ''}, {ending}"
+
+
+def written_text(event: Written) -> str:
+    """The end in a line."""
+    facts, back = event.facts, event.facts["fallbacks"]
+    losses = [layer["loss"] for layer in facts["layers"] if layer.get("loss")]
+    total = sum(path.stat().st_size for path in event.out.rglob("*") if path.is_file())
+    text = f"{event.out}: {size(total)}, {len(facts['layers'])} layers in {duration(facts['wall_s'])}"
+    if losses:
+        kept = sum(min(loss.values()) for loss in losses) / max(sum(loss["rtn"] for loss in losses), 1e-30)
+        text += f"; the layers' error is {100 * (1 - kept):.0f} % below that of rounding to the nearest"
+    if back:
+        text += f"; {len(back)} layers are rounded to the nearest, since no search did better: {back}"
+    return text
+
+
+def plan_text(plan: Plan, flags: QuantizeFlags) -> str:
+    """The plan in a few lines."""
+    stages = ", ".join(f"{name} {size(count)}" for name, count in plan.ram.items())
+    where = "in memory" if plan.hold else "on the disk"
+    data = f"{plan.sequences} sequences, {plan.tokens:,} tokens, {plan.pictures} pictures; hidden states {where}"
+    tower = ", the vision tower a layer at a time" if plan.stream else ""
+    lines = (
+        f"quantized:   {plan.linears} linears of {plan.layers} layers, {plan.weights / 1e6:,.1f} million weights, "
+        f"to {flags.bits} bits in groups of {flags.group_size}",
+        f"stays:       {', '.join(plan.spared)}, embeddings and norms",
+        f"calibration: {data}{tower}" if plan.sequences else "calibration: none is needed",
+        f"memory:      {size(plan.peak_ram)} at most ({stages}); {size(plan.ram_limit)} are allowed or free",
+        f"disk:        {size(plan.disk)} while it runs, {size(plan.output)} in the end; "
+        f"{size(plan.disk_limit)} are allowed or free",
+        f"time:        about {duration(plan.seconds)}",
+    )
+    return "\n".join(lines)
