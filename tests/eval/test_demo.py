@@ -89,7 +89,7 @@ def test_dense_labels_lie_on_what_they_name():
     assert labels[0, row, column] == 1 + scenes.SHAPES.index("star")
     assert labels[1, row, column] == 1 + scenes.COLOURS.index("red")
     assert np.argwhere(labels[2]).tolist() == [[row, column]]
-    things = labels[: dense.CHANNELS.index("total")]
+    things = np.delete(labels, dense.CHANNELS.index("total"), axis=0)
     assert things[:, 0].sum() == 0 and things[:, :, -1].sum() == 0
 
 
@@ -108,6 +108,8 @@ def test_dense_labels_tell_how_a_thing_stands_among_the_others():
     assert told["size"] == [1, 4, 2]
     assert told["place"] == [7, 2, 6]
     assert told["order"] == [1, 2, 3]
+    assert told["down_order"] == [3, 1, 2]
+    assert told["extent_order"] == [3, 1, 2]
     assert told["across"] == [dense.FIRST, dense.BETWEEN, dense.LAST]
     assert told["down"] == [dense.LAST, dense.FIRST, dense.BETWEEN]
     assert told["extent"] == [dense.LAST, dense.FIRST, dense.BETWEEN]

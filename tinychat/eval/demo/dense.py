@@ -32,6 +32,8 @@ class Thing:
     size: int
     place: int = 0
     order: int = 0
+    down_order: int = 0
+    extent_order: int = 0
     across: int = 0
     down: int = 0
     extent: int = 0
@@ -58,6 +60,8 @@ CLASSES: dict[str, int] = {
     "like_colour": 1 + MAX_SHAPES,
     "like_kind": 1 + MAX_SHAPES,
     "total": 1 + MAX_SHAPES,
+    "down_order": 1 + MAX_SHAPES,
+    "extent_order": 1 + MAX_SHAPES,
 }
 CHANNELS = tuple(CLASSES)
 
@@ -105,30 +109,36 @@ def _bucket(value: float, borders: Sequence[float]) -> int:
 
 def _ranked(things: Sequence[Thing]) -> Iterator[Thing]:
     """The things with what only their company tells."""
-    across = _ranks(things, lambda thing: thing.middle[0])
-    down = _ranks(things, lambda thing: thing.middle[1])
-    extent = _ranks(things, lambda thing: thing.box[1] - thing.box[3])
-    from_left = sorted(things, key=lambda thing: thing.middle[0])
+    across = _order(things, lambda thing: thing.middle[0])
+    down = _order(things, lambda thing: thing.middle[1])
+    extent = _order(things, lambda thing: thing.box[1] - thing.box[3])
+    count = len(things)
     for i, thing in enumerate(things):
         column, row = (min(2, max(0, int(v * 3 / IMAGE_SIZE))) for v in thing.middle)
         yield replace(
             thing,
             place=1 + 3 * row + column,
-            order=1 + from_left.index(thing),
-            across=across[i],
-            down=down[i],
-            extent=extent[i],
+            order=across[i],
+            down_order=down[i],
+            extent_order=extent[i],
+            across=_end(across[i], count),
+            down=_end(down[i], count),
+            extent=_end(extent[i], count),
             like_colour=sum(other.colour == thing.colour for other in things),
             like_kind=sum(other.kind == thing.kind for other in things),
         )
 
 
-def _ranks(things: Sequence[Thing], value: Callable[[Thing], float]) -> list[int]:
-    """FIRST for the lowest value, LAST for the highest, BETWEEN, or ALONE."""
-    if len(things) == 1:
-        return [ALONE]
-    values = [value(thing) for thing in things]
-    return [FIRST if v == min(values) else LAST if v == max(values) else BETWEEN for v in values]
+def _order(things: Sequence[Thing], value: Callable[[Thing], float]) -> list[int]:
+    """From 1 for the lowest value to len(things)."""
+    ranked = sorted(things, key=value)
+    return [1 + ranked.index(thing) for thing in things]
+
+
+def _end(order: int, count: int) -> int:
+    if count == 1:
+        return ALONE
+    return FIRST if order == 1 else LAST if order == count else BETWEEN
 
 
 def _mark(labels: np.ndarray, thing: Thing) -> None:

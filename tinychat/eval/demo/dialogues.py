@@ -30,6 +30,8 @@ TASK_WEIGHTS: Mapping[str, float] = {
     "talk": 0.1,
 }
 TASKS = tuple(TASK_WEIGHTS)
+# in training, questions that compare two things (answered by yes or no) come more often: they are learned last
+DRILL: Mapping[str, float] = {**TASK_WEIGHTS, "position?": 9.0, "size?": 7.0, "chart?": 6.0}
 
 
 def unknown(ask: Asker) -> Turn:
@@ -114,10 +116,18 @@ def cost(turn: Turn) -> int:
     return 4 + sum(1 if t.lower() in _KNOWN else len(t) + 1 for t in tokens)
 
 
-def choose(rng: random.Random, chains: Iterable[Chain], share: float = 1.0) -> tuple[Turn, ...]:
+def weight(turn: Turn, weights: Mapping[str, float]) -> float:
+    """A task's weight; `task?` is that of its questions of yes or no, where there is one."""
+    kind = "?" if turn.answer in ("Yes.", "No.") else ""
+    return weights.get(turn.task + kind, weights[turn.task])
+
+
+def choose(
+    rng: random.Random, chains: Iterable[Chain], share: float = 1.0, weights: Mapping[str, float] = TASK_WEIGHTS
+) -> tuple[Turn, ...]:
     """Turns up to a share of MAX_TURNS and MAX_TOKENS: the weightier tasks more often, no question twice."""
     room, budget = int(MAX_TURNS * share), MAX_TOKENS * share
-    ranked = sorted(chains, key=lambda c: rng.random() ** (1 / TASK_WEIGHTS[c[-1].task]), reverse=True)
+    ranked = sorted(chains, key=lambda c: rng.random() ** (1 / weight(c[-1], weights)), reverse=True)
     taken: list[Turn] = []
     for chain in ranked:
         price = sum(map(cost, chain))

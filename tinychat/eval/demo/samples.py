@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -38,16 +38,17 @@ class Dialogue:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A style of pictures and the phrases that go with it."""
+    """A style of pictures, the phrases that go with it, and how often each task is asked."""
 
     style: Style
     phrases: Phrases
     dressed: bool
+    weights: Mapping[str, float] = field(default_factory=lambda: dialogues.TASK_WEIGHTS)
 
 
 _TRAINING = Family(pictures.TRAINING, {**phrases.QUESTIONS, "unknown": beyond.UNKNOWN}, True)
 FAMILIES: dict[Split, Family] = {
-    "train": _TRAINING,
+    "train": replace(_TRAINING, weights=dialogues.DRILL),
     "validation": _TRAINING,
     "heldout": Family(heldout.STYLE, {**phrases.QUESTIONS, **heldout.QUESTIONS}, False),
 }
@@ -131,7 +132,7 @@ def dialogue(rng: random.Random, split: Split, pictures: int | None = None) -> D
     shown, groups = rng.choices(rows, [row[0] for row in rows])[0][2](rng, family)
     turns: list[Turn] = []
     for chains in groups:
-        part = dialogues.choose(rng, chains, 1 / len(groups))
+        part = dialogues.choose(rng, chains, 1 / len(groups), family.weights)
         if family.dressed:
             part = tuple(replace(turn, question=dialogues.dress(rng, turn.question)) for turn in part)
         turns += [replace(part[0], pictures=len(shown) // len(groups)), *part[1:]]
