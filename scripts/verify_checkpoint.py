@@ -24,7 +24,7 @@ from torch import Tensor
 
 import tinychat
 from tinychat import load, planner
-from tinychat.checkpoint import KeyReport, compare
+from tinychat.checkpoint import KeyReport, compare, rename
 from tinychat.config import VilaConfig, read_config
 from tinychat.errors import CapacityError, ModelError, TinychatError
 from tinychat.terminal.clean import clean_line
@@ -231,10 +231,11 @@ def verify(name: str, args: argparse.Namespace) -> tuple[bool | None, list[Row]]
     folder = load.resolve(name, args.revision)
     config = read_config(folder)
     index = load.open_index(folder, config)
-    spec = load.quant_spec(config)
+    spec = load.quant_spec(config, index)
     rows = list(config_rows(config))
     rows.append(("weights", f"4-bit AWQ, groups of {spec.group_size}" if spec else "float"))
-    report = compare(load.empty_model(config, torch.float32, spec), index, config.layout)
+    packed = {rename(name, config.layout) for name in load.packed_linears(index)}
+    report = compare(load.empty_model(config, torch.float32, spec, packed), index, config.layout)
     rows += key_rows(report, len(index.names()))
     wrong = report.missing or report.unexpected or report.duplicate or report.misshapen
     good = False if wrong else None

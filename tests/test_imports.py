@@ -41,8 +41,16 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
     "tinychat.eval": {"tinychat.engine", "tinychat.inputs", "tinychat.core", "tinychat.errors", "tinychat_kernels"},
 }  # fmt: skip
 IN_FUNCTIONS = {"tinychat.models": {"tinychat.load"}, "tinychat.engine": {"tinychat.load"}}
-VERBS = {"tinychat.cli", "tinychat.ask", "tinychat.bench", "tinychat.doctor", "tinychat.__main__"}
-ASSEMBLY = {"tinychat.load", "tinychat.placement", "tinychat.quantize", "tinychat.planner", *VERBS}  # anything, lazily
+VERBS = {"tinychat.cli", "tinychat.ask", "tinychat.bench", "tinychat.doctor", "tinychat.evaluate", "tinychat.__main__"}
+ASSEMBLY = {
+    "tinychat.load",
+    "tinychat.placement",
+    "tinychat.quantization",
+    "tinychat.repack",
+    "tinychat.quantize",
+    "tinychat.planner",
+    *VERBS,
+}  # anything, lazily
 
 ONLY_IN = {  # a third party -> the modules that may know it
     "transformers": {"tinychat.config", "tinychat.inputs", "tinychat.engine.foreign", "tinychat.models", *ASSEMBLY},

@@ -122,18 +122,18 @@ class Index:
 
     def get(self, name: str) -> Tensor:
         """One tensor, memory-mapped where the file allows it: taking a slice of it reads that slice alone."""
-        entry = self.entry(name)
-        if entry.path not in self._readers:
-            self._readers[entry.path] = open_reader(entry.path)
-        return self._readers[entry.path](entry.key)
+        return self.entry(name).read(_opener(self._readers))
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every (name, tensor), file by file; a file is closed before the next one is opened."""
-        path, read = None, None
+        """Every (name, tensor), file by file; a file is closed before the next one is opened.
+
+        A packed linear that lies across two files holds both.
+        """
+        readers: dict[Path, Reader] = {}
         for name, entry in self._entries.items():
-            if entry.path != path or read is None:
-                path, read = entry.path, open_reader(entry.path)
-            yield name, read(entry.key)
+            if entry.path not in readers:
+                readers.clear()
+            yield name, entry.read(_opener(readers))
 
     def renamed(self, layout: str) -> Index:
         """The same tensors under their names in memory, without the harmless extras. Raises ModelError on doubles."""
@@ -141,6 +141,17 @@ class Index:
         if doubles:
             raise ModelError(f"tensors come twice: {_cut(doubles)}", "remove one of the two from the checkpoint")
         return Index({name: self._entries[theirs] for name, theirs in ours.items()})
+
+
+def _opener(readers: dict[Path, Reader]) -> Callable[[Path], Reader]:
+    """What opens a file, or finds it among those that are open."""
+
+    def reader(path: Path) -> Reader:
+        if path not in readers:
+            readers[path] = open_reader(path)
+        return readers[path]
+
+    return reader
 
 
 def open_model(folder: Path, layout: str, tower: Path | None = None) -> Index:

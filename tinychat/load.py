@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tinychat import checkpoint
 from tinychat.checkpoint import Index
@@ -19,6 +18,8 @@ from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
 from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
+from tinychat.quantization import quantization_of
+from tinychat.repack import as_gemm, packed_linears
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
 
@@ -126,12 +127,21 @@ def choose_context(config: VilaConfig, asked: int | None) -> int:
 def open_source(folder: Path) -> Source:
     """Read a folder's config and its weights' headers. For original LLaVA the vision tower is found, or fetched."""
     config = read_config(folder)
-    spec = quant_spec(config)
-    return Source(folder, config, open_index(folder, config).renamed(config.layout), spec)
+    index = open_index(folder, config)
+    return Source(folder, config, index.renamed(config.layout), quant_spec(config, index))
 
 
 def open_index(folder: Path, config: VilaConfig) -> Index:
-    """The tensors of a folder under their names on disk; an original LLaVA's tower and its config are added."""
+    """The tensors of a folder under their names on disk, packed ones as AWQ GEMM whatever their format.
+
+    An original LLaVA's tower and its config are added.
+    """
+    index = _open_parts(folder, config)
+    quantization = quantization_of(config, index)
+    return index if quantization is None else as_gemm(index, quantization)
+
+
+def _open_parts(folder: Path, config: VilaConfig) -> Index:
     index = checkpoint.open_model(folder, config.layout)
     if config.layout != "llava":
         return index
@@ -145,7 +155,7 @@ def open_index(folder: Path, config: VilaConfig) -> Index:
 def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:
     """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time."""
     device, dtype = placement.main_device, choose_dtype(source, placement.dtype, placement.main_device)
-    model = empty_model(source.config, dtype, source.spec)
+    model = empty_model(source.config, dtype, source.spec, frozenset(packed_linears(source.index)))
     device_map = None
     if placement.device_map is not None:
         device_map = make_device_map(model, placement.device_map, placement.max_memory, dtype)
@@ -183,70 +193,42 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, module.to_linear(dtype))
 
 
-def empty_model(config: VilaConfig, dtype: torch.dtype, spec: QuantSpec | None = None) -> VilaLlamaForCausalLM:
-    """The structure on the meta device, the decoder's linears quantized where `spec` says so."""
+def empty_model(
+    config: VilaConfig, dtype: torch.dtype, spec: QuantSpec | None = None, packed: Collection[str] = ()
+) -> VilaLlamaForCausalLM:
+    """The structure on the meta device; the linears named in `packed` are quantized as `spec` says."""
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
 
     config.dtype = dtype
     with torch.device("meta"):
         model = VilaLlamaForCausalLM(config)
         if spec is not None:
-            swap_quantized(model, spec, _spared(config), config.layout)
+            swap_quantized(model, spec, packed)
     return model
 
 
-def swap_quantized(model: nn.Module, spec: QuantSpec, spared: tuple[str, ...], layout: str) -> None:
-    """Replace the linears of the decoder's layers by quantized ones, but for those whose names `spared` covers."""
+def swap_quantized(model: nn.Module, spec: QuantSpec, packed: Collection[str]) -> None:
+    """Replace linears of the decoder's layers, by name, by quantized ones."""
     from tinychat.layers.linear import QuantLinear
 
-    names = {f".{checkpoint.rename(f'{name}.', layout).rstrip('.')}." for name in spared} | {f".{n}." for n in spared}
     for name, module in list(model.named_modules()):
-        if not name.startswith("llm.model.layers.") or not isinstance(module, nn.Linear):
-            continue
-        if any(part in f".{name}." for part in names):
+        if name not in packed or not name.startswith("llm.model.layers.") or not isinstance(module, nn.Linear):
             continue
         try:
-            packed = QuantLinear(module.in_features, module.out_features, spec, bias=module.bias is not None)
+            quantized = QuantLinear(module.in_features, module.out_features, spec, bias=module.bias is not None)
         except LayoutError as error:
             remedy = "take a checkpoint with another group_size"
             raise ModelError(f"{name} cannot be quantized as the config says: {error}", remedy) from error
-        model.set_submodule(name, packed)
+        model.set_submodule(name, quantized)
 
 
-def quant_spec(config: VilaConfig) -> QuantSpec | None:
-    """How the decoder is quantized: None for float weights. Raises ModelError for a method that is not supported."""
-    raw = _quantization(config)
-    if not raw:
-        return None
-    method, version = str(raw.get("quant_method", "unknown")), str(raw.get("version", "gemm")).lower()
-    if method != "awq" or version != "gemm":
-        name = f"{method}/{version}" if method == "awq" else method
-        message = f"the checkpoint is quantized with {name}, which is not supported"
-        raise ModelError(message, "take an AWQ checkpoint of version gemm, or the 16-bit model")
-    if (bits := raw.get("bits", raw.get("w_bit", 4))) != 4:
-        raise ModelError(f"the checkpoint has {bits}-bit AWQ weights", "take a 4-bit one")
-    try:
-        group = raw.get("group_size", raw.get("q_group_size", 128))
-        return QuantSpec(4, group_size=group, zero_point=bool(raw.get("zero_point", True)))
-    except LayoutError as error:
-        raise ModelError(f"the quantization_config is not supported: {error}", "take another checkpoint") from error
+def quant_spec(config: VilaConfig, index: Index | None = None) -> QuantSpec | None:
+    """How the decoder is quantized, said by the config or told by the tensors: None for float weights.
 
-
-def _quantization(config: VilaConfig) -> Json:
-    """The quantization_config of the root, else of the decoder's own config.json; compressed-tensors has its own."""
-    roots: list[Mapping[str, Any]] = [vars(config), config.llm_cfg or {}]
-    found = [root[key] for root in roots for key in ("quantization_config", "compression_config") if root.get(key)]
-    if not found:
-        return {}
-    if isinstance(found[0], Mapping):
-        return dict(found[0])
-    if not isinstance(found[0], QuantizationConfigMixin):
-        raise ModelError(f"the quantization_config is {found[0]!r}, not an object", "check config.json")
-    return found[0].to_dict()
-
-
-def _spared(config: VilaConfig) -> tuple[str, ...]:
-    return tuple(_quantization(config).get("modules_to_not_convert") or ())
+    Raises ModelError for a method that is not supported.
+    """
+    found = quantization_of(config, index)
+    return None if found is None else found.spec
 
 
 def choose_dtype(source: Source, asked: Dtype, device: torch.device) -> torch.dtype:

@@ -70,6 +70,10 @@ class Entry:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def read(self, open_file: Callable[[Path], Reader]) -> Tensor:
+        """The data, from the file that `open_file` opens, or has open."""
+        return open_file(self.path)(self.key)
+
 
 def weight_files(folder: Path, problems: list[FormatError]) -> dict[Path, set[str]]:
     """The files that hold a folder's tensors, each with the names that an index file expects in it."""
