@@ -20,7 +20,7 @@ from tinychat.eval import divergence, fidelity, page, probes
 from tinychat.eval.divergence import Compared, Divergence, Held
 from tinychat.eval.fidelity import LayerFidelity, OutputErrors, Weight
 from tinychat.eval.heldout import KINDS, Heldout, Item, fingerprint, heldout
-from tinychat.eval.perplexity import perplexity, read_text, text_ids, windows_in
+from tinychat.eval.perplexity import answer_perplexity, perplexity, read_text, text_ids, windows_in
 from tinychat.eval.probes import ProbeScore
 from tinychat.eval.spill import LIMIT, Spill, spilling
 from tinychat.inputs.processor import Processor
@@ -172,15 +172,14 @@ class _Exam:
             self.left_out.append(why)
 
     def measured(self) -> Measured:
-        digest = fingerprint(tuple(self.items)) if self.items else None
+        digest = fingerprint(self.items) if self.items else None
         return Measured(self.plan.heldout, self.plan.per_kind, digest, **self.text)
 
     def base(self, subject: Subject) -> Column:
         """The original's own figures; its predictions on the held-out set are put aside."""
         engine = subject.open()
         if "divergence" in self.plan.measures:
-            sees = _sees(engine)
-            self.items = [item for item in self.plan.data.items(self.plan.per_kind) if sees or item.kind == "text"]
+            self.items = _items(self.plan, engine)
             for item in self.items:
                 self._hold(engine, item)
             self.report(f"{subject.title}: {len(self.held)} held-out answers")
@@ -223,12 +222,21 @@ class _Exam:
     def _perplexity(self, subject: Subject, engine: Engine) -> float | None:
         if "ppl" not in self.plan.measures:
             return None
-        name, digest, ids = _text(self.plan, engine.processor)
-        seqlen = _seqlen(self.plan, engine.processor)
-        found = perplexity(_module(engine), ids, seqlen)
-        self.text = {"text": name, "text_sha256": digest, "seqlen": seqlen, "windows": windows_in(ids, seqlen)}
+        if (text := _text(self.plan)) is None:
+            found = self._of_answers(engine)
+        else:
+            name, words = text
+            ids, seqlen = text_ids(engine.processor, words), _seqlen(self.plan, engine.processor)
+            found = perplexity(_module(engine), ids, seqlen)
+            digest = hashlib.sha256(words.encode()).hexdigest()
+            self.text = {"text": name, "text_sha256": digest, "seqlen": seqlen, "windows": windows_in(ids, seqlen)}
         self.report(f"{subject.title}: perplexity {found:.4g}")
         return found
+
+    def _of_answers(self, engine: Engine) -> float:
+        items = [item for item in _items(self.plan, engine) if item.answer is not None]
+        self.text = {"text": f"right answers, set {self.plan.heldout}", "text_sha256": fingerprint(items)}
+        return answer_perplexity(engine, items)
 
     def _probes(self, subject: Subject, engine: Engine) -> tuple[ProbeScore, ...]:
         if not _sees(engine):
@@ -250,15 +258,17 @@ def _sees(engine: Engine) -> bool:
     return engine.processor.image_processor is not None and bool(engine.processor.tokens_per_image)
 
 
-def _text(plan: CardPlan, processor: Processor) -> tuple[str, str, tuple[int, ...]]:
-    """The text's name, sha256 and tokens: the caller's file, else the held-out set's own."""
+def _items(plan: CardPlan, engine: Engine) -> list[Item]:
+    """The held-out items that the model can read."""
+    sees = _sees(engine)
+    return [item for item in plan.data.items(plan.per_kind) if sees or item.kind == "text"]
+
+
+def _text(plan: CardPlan) -> tuple[str, str] | None:
+    """The name and the words of the caller's text, else of the held-out set's own; None where it has none."""
     if plan.text is not None:
-        text = read_text(plan.text)
-        return plan.text.name, hashlib.sha256(text.encode()).hexdigest(), text_ids(processor, text)
-    requests = plan.data.text()
-    digest = fingerprint(tuple(Item("text", request) for request in requests))
-    ids = tuple(token for request in requests for token in processor(request).ids)
-    return f"held-out set {plan.heldout}", digest, ids
+        return plan.text.name, read_text(plan.text)
+    return None if plan.data.text is None else (f"held-out text, set {plan.heldout}", plan.data.text)
 
 
 def _seqlen(plan: CardPlan, processor: Processor) -> int:

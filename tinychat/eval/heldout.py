@@ -7,7 +7,7 @@ with everyday questions and a small English text, for models that know the world
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -31,21 +31,26 @@ OPEN_QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something to read and continue; where `reads_prompt`, the prompt's own text is predicted as well."""
+    """Something to read and continue; where `reads_prompt`, the prompt's own text is predicted as well. `answer` is
+    the right one, where there is only one."""
 
     kind: Kind
     request: Request
     reads_prompt: bool = False
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Heldout:
-    """A set by its name: its items, so many of each kind, and its text for perplexity as requests to be joined."""
+    """A set by its name: its items, so many of each kind, and its text for perplexity.
+
+    Without a text it is the right answers that perplexity is about: a demo model learns to predict nothing else.
+    """
 
     name: str
     samples: int
     items: Callable[[int], Iterator[Item]]
-    text: Callable[[], tuple[Request, ...]]
+    text: str | None
 
 
 def heldout(name: str) -> Heldout:
@@ -55,7 +60,7 @@ def heldout(name: str) -> Heldout:
     return SETS[name]
 
 
-def fingerprint(items: tuple[Item, ...]) -> str:
+def fingerprint(items: Iterable[Item]) -> str:
     """sha256 of what is asked, words and pictures."""
     digest = hashlib.sha256()
     for item in items:
@@ -63,6 +68,7 @@ def fingerprint(items: tuple[Item, ...]) -> str:
         for part in (*request.parts, *(part for message in request.messages for part in message.parts)):
             digest.update(part.text.encode() if isinstance(part, Text) else part.data or b"")
             digest.update(b"\0")
+        digest.update((item.answer or "").encode())
     return digest.hexdigest()
 
 
@@ -75,12 +81,8 @@ def _demo_items(samples: int) -> Iterator[Item]:
     for pictures, kind in enumerate(KINDS):  # none, or one
         for index in range(samples):
             drawn = sample_at("heldout", index, SEED, pictures)
-            yield Item(kind, _asked(f"{kind} {index}", messages(drawn, len(drawn.turns) - 1)))
-
-
-def _demo_text() -> tuple[Request, ...]:
-    drawn = (sample_at("heldout", index, SEED + 1, 0) for index in range(200))
-    return tuple(Request("text", messages(sample, len(sample.turns) - 1)) for sample in drawn)
+            last = len(drawn.turns) - 1
+            yield Item(kind, _asked(f"{kind} {index}", messages(drawn, last)), answer=drawn.turns[last].answer)
 
 
 def _plain_items(samples: int) -> Iterator[Item]:
@@ -94,11 +96,7 @@ def _plain_items(samples: int) -> Iterator[Item]:
         yield Item("pictures", _asked(f"pictures {index}", (Message("user", (Image(data=picture), Text(question))),)))
 
 
-def _plain_text() -> tuple[Request, ...]:
-    return (Request("text", parts=(Text(prose.joined()),)),)
-
-
 SETS = {
-    "demo": Heldout("demo", 64, _demo_items, _demo_text),
-    "plain": Heldout("plain", 16, _plain_items, _plain_text),
+    "demo": Heldout("demo", 64, _demo_items, None),
+    "plain": Heldout("plain", 16, _plain_items, prose.joined()),
 }

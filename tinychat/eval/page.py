@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tinychat.eval.probes import ProbeScore
 
 SCHEMA = "tinychat.card/1"
-FILE = "quality.json"
+FILE, README = "quality.json", "README.md"
 BEGIN, END = "<!-- tinychat card: begin -->", "<!-- tinychat card: end -->"
 BLOCKS = "▁▂▃▄▅▆▇█"
 Json = dict[str, Any]
@@ -84,7 +84,8 @@ def rows(card: Card) -> list[list[str]]:
 
 def _lines(card: Card) -> Iterator[tuple[str, Cell]]:
     measured = card.measured
-    yield f"perplexity ({measured.text}, windows of {measured.seqlen})", lambda c: _number(c.perplexity)
+    windows = f", windows of {measured.seqlen}" if measured.seqlen else ""
+    yield f"perplexity ({measured.text}{windows})", lambda c: _number(c.perplexity)
     kinds = list(dict.fromkeys(kind for column in card.columns.values() for kind in column.divergence))
     for kind in kinds if len(kinds) > 2 else kinds[:1]:  # with one kind of data, `all` says everything
         yield from _divergence_lines(kind)
@@ -223,16 +224,25 @@ def with_part(readme: str, part: str) -> str:
 
 def write(card: Card, folder: Path) -> None:
     """quality.json, and the part of README.md; each file is replaced at once, or not at all."""
-    path = folder / "README.md"
     try:
-        readme = with_part(path.read_bytes().decode() if path.exists() else "", markdown(card))
-        _replace(path, readme)
+        _replace(folder / README, with_part(_readme(folder), markdown(card)))
         _replace(folder / FILE, json.dumps(as_json(card), indent=1) + "\n")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not text in UTF-8 (byte {error.start})", "correct or remove it") from error
     except OSError as error:
         message = f"the card cannot be written to {folder}: {error.strerror}"
         raise TinychatError(message, "give a folder that can be written, on a disk that is not full") from error
+
+
+def check_readme(folder: Path) -> None:
+    """Raises FormatError where a card could not be put into the folder's README.md."""
+    with_part(_readme(folder), "")
+
+
+def _readme(folder: Path) -> str:
+    path = folder / README
+    try:
+        return path.read_bytes().decode() if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not text in UTF-8 (byte {error.start})", "correct or remove it") from error
 
 
 def _replace(path: Path, text: str) -> None:

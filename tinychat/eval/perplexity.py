@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tinychat.core import Request, Text
-from tinychat.engine.engine import running
+from tinychat.engine.engine import Engine, running
 from tinychat.errors import ModelError, UsageError
+from tinychat.eval.divergence import Held, read
+from tinychat.eval.heldout import Item
 from tinychat.inputs.processor import Processor
 
 ROWS = 512  # positions whose losses are computed at once
@@ -40,7 +42,23 @@ def perplexity(model: LanguageModel, ids: Sequence[int], seqlen: int) -> float:
         raise UsageError(f"the text has {len(ids)} tokens, one window takes {seqlen}", remedy)
     windows = torch.tensor(ids[: windows_in(ids, seqlen) * seqlen], device=model.device).view(-1, seqlen)
     total = math.fsum(_window_loss(model, window) for window in windows)
-    mean = total / (len(windows) * (seqlen - 1))
+    return _exponential(total / (len(windows) * (seqlen - 1)))
+
+
+def answer_perplexity(engine: Engine, items: Iterable[Item]) -> float:
+    """exp of the mean negative log-likelihood of the right answers' tokens, each after its prompt and pictures."""
+    total, tokens = 0.0, 0
+    for item in items:
+        prompt, text = engine.processor(item.request), engine.processor.marked
+        answer = tuple(text.encode(text.quote(item.answer or "")))
+        last = len(prompt.ids) - 1
+        held = Held(item.kind, prompt, answer, tuple(range(last, last + len(answer))), len(answer))
+        total += float(cross_entropy(read(engine, held).logits.float(), torch.tensor(answer), reduction="sum"))
+        tokens += len(answer)
+    return _exponential(total / tokens)
+
+
+def _exponential(mean: float) -> float:
     if math.isnan(mean):
         raise ModelError("the model's likelihood of the text is not a number", "check its weights")
     return math.exp(mean) if mean < 700 else math.inf

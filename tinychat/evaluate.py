@@ -1,0 +1,197 @@
+"""The command `tinychat eval`: which models are opened one after the other, what is measured, and how it is shown."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinychat.errors import ModelError, TinychatError, UsageError
+from tinychat.eval import gate, page, report
+from tinychat.eval.card import Card, CardPlan, Subject, make_card
+
+if TYPE_CHECKING:
+    from tinychat.engine.engine import Engine
+    from tinychat.flags import EvalFlags
+    from tinychat.load import Source
+    from tinychat_kernels.layout import QuantSpec
+
+TASKS = ("demo", "ppl", "probes")
+Open = Callable[[str | None], "Engine"]
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the flags ask for, checked before anything is loaded; `model` None is the embedded one."""
+
+    model: str | None
+    revision: str | None
+    tasks: tuple[str, ...]
+    flags: EvalFlags
+    bounds: tuple[gate.Bound, ...]
+    demo: report.Plan
+
+    @property
+    def makes_card(self) -> bool:
+        """Whether anything but the demo tasks is measured."""
+        return self.tasks != ("demo",) or self.flags.against is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The JSON object, the tables and lines that say the same to people, and a sentence for each bound not met."""
+
+    found: Mapping[str, Any]
+    tables: list[list[list[str]]]
+    lines: list[str]
+    failed: list[str]
+
+
+def job_of(flags: EvalFlags, model: str | None, revision: str | None) -> Job:
+    """The job that the flags describe. Raises UsageError where they contradict each other."""
+    whole = flags.card or flags.against is not None
+    tasks = _tasks(flags.tasks or ("ppl,probes" if whole else "demo"))
+    bounds = gate.parse(flags.fail_under) if flags.fail_under else ()
+    gate.check_measured(bounds, tasks, flags.against is not None)
+    job = Job(
+        model, revision, tasks, flags, bounds, report.Plan(model or "embedded", flags.per_task, tuple(flags.only))
+    )
+    if flags.card and not job.makes_card:
+        raise UsageError("--card is given, and the demo tasks are no part of a card", "add --tasks ppl,probes")
+    if flags.against is None and (flags.nearest or flags.plots):
+        name = "--nearest" if flags.nearest else "--plots"
+        raise UsageError(f"{name} needs a model to compare with", "add --against BASE")
+    if flags.plots:
+        from tinychat.eval.plots import check_matplotlib
+
+        check_matplotlib()
+    return job
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    named = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in named:
+        if name not in TASKS:
+            raise UsageError(f"--tasks names {name!r}", f"give some of {','.join(TASKS)}")
+    return named
+
+
+def perform(job: Job, open_engine: Open, note: Note) -> Outcome:
+    """Measure everything that the job asks for; write the card and draw the plots where asked."""
+    started = time.perf_counter()
+    if not job.makes_card:
+        found = report.measure(job.demo, open_engine(job.model), note)
+        failed = gate.shortfalls(job.bounds, gate.figures(None, found["scores"]))
+        return Outcome(found, [report.rows(found)], [], failed)
+    card, lines = _measured_card(job, open_engine, note)
+    demo = report.measure(job.demo, open_engine(job.model), note) if "demo" in job.tasks else {"scores": []}
+    failed = gate.shortfalls(job.bounds, gate.figures(card, demo["scores"]))
+    found = {
+        "schema": report.SCHEMA,
+        "model": job.demo.model,
+        "against": job.flags.against,
+        "tasks": ",".join(job.tasks),
+        "scores": demo["scores"],
+        "card": card.as_json(),
+        "failed": failed,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    tables = [page.rows(card), *([report.rows(demo)] if demo["scores"] else [])]
+    return Outcome(found, tables, [*page.foot(card), *lines], failed)
+
+
+def _measured_card(job: Job, open_engine: Open, note: Note) -> tuple[Card, list[str]]:
+    """The card, and where it and its plots were written."""
+    source = _source(job.model, job.revision)
+    if job.flags.card:
+        _check_folder(job, source.folder)
+    facts = page.facts_of(source.folder) or {"quantization": asdict(source.spec) if source.spec else "none"}
+    quantized = Subject(_title(source, str(facts.get("method", ""))), lambda: open_engine(job.model))
+    base, nearest = _others(job, source, open_engine)
+    card = make_card(base, quantized, nearest, plan=_plan(job, source), facts=facts, report=note)
+    lines: list[str] = []
+    if job.flags.card:
+        card.write(source.folder)
+        lines.append(f"the card is in {source.folder / page.FILE} and {source.folder / 'README.md'}")
+    if job.flags.plots:
+        from tinychat.eval import plots
+
+        lines += [f"wrote {path}" for path in plots.draw(card, Path(job.flags.plots))]
+    return card, lines
+
+
+def _source(model: str | None, revision: str | None = None) -> Source:
+    from tinychat import load
+
+    return load.open_source(load.resolve(model, revision))
+
+
+def _check_folder(job: Job, folder: Path) -> None:
+    """Whether a card can be written there, before anything is measured."""
+    if job.model is not None and not Path(job.model).expanduser().is_dir():
+        message = f"--card writes into the model's folder, and {job.model} is on the hub"
+        raise UsageError(message, "download it to a folder of yours, and give that")
+    if not os.access(folder, os.W_OK):
+        raise TinychatError(f"the card cannot be written to {folder}", "give a folder that can be written")
+    page.check_readme(folder)
+
+
+def _title(source: Source, method: str = "") -> str:
+    """How a model's weights are held: `16 bit`, `4 bit`, `AWQ 4 bit`."""
+    stored = source.index.dtype("llm.model.embed_tokens.weight").itemsize * 8
+    bits = source.spec.bits if source.spec else stored
+    return f"{method.upper()} {bits} bit".strip()
+
+
+def _plan(job: Job, source: Source) -> CardPlan:
+    """The held-out set is the one asked for, else the demo's own for models with its vocabulary."""
+    from tinychat.inputs.processor import Processor
+    from tinychat.quantize.calibration import speaks_demo
+
+    flags = job.flags
+    processor = Processor.from_folder(source.folder, source.config)
+    return CardPlan(
+        heldout=flags.heldout or ("demo" if speaks_demo(processor) else "plain"),
+        samples=flags.samples,
+        text=Path(flags.text).expanduser() if flags.text else None,
+        seqlen=flags.seqlen,
+        measures=(*(task for task in job.tasks if task != "demo"), *(["divergence"] if flags.against else [])),
+    )
+
+
+def _others(job: Job, source: Source, open_engine: Open) -> tuple[Subject | None, Subject | None]:
+    """The model that this one is compared with, and that model rounded to nearest."""
+    against, wanted = job.flags.against, job.flags.nearest
+    if against is None:
+        return None, None
+    base = _source(against)
+    weight = None if base.spec else lambda name: base.index.get(f"{name}.weight")
+    subject = Subject(_title(base), lambda: open_engine(against), weight)
+    spec = None if base.spec else source.spec
+    if wanted and spec is None:
+        which = f"{against} is quantized already" if base.spec else f"{job.demo.model} is not quantized"
+        raise UsageError(f"--nearest rounds BASE as MODEL is quantized, and {which}", "leave --nearest out")
+    if spec is None or not (job.flags.card if wanted is None else wanted):
+        return subject, None
+    return subject, Subject(f"RTN {spec.bits} bit", lambda: _rounded(open_engine(against), spec))
+
+
+def _rounded(engine: Engine, spec: QuantSpec) -> Engine:
+    """The engine's model, its decoder rounded to nearest in place and computed as before."""
+    from torch import nn
+
+    from tinychat.models.vila_llama import VilaLlamaForCausalLM
+    from tinychat.quantize import quantize_to_nearest
+
+    model = engine.model
+    if not isinstance(model, VilaLlamaForCausalLM):
+        raise ModelError("only a model of this program's own can be rounded", "leave --nearest out")
+    dtype = model.dtype
+    for _ in quantize_to_nearest(model, spec):
+        pass
+    nn.Module.to(model, dtype=dtype)
+    return engine
