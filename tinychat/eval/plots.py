@@ -44,7 +44,7 @@ def _layers(card: Card, path: Path) -> Path | None:
 
 def _along(card: Card, path: Path) -> Path | None:
     return _figure(
-        card, path, {"mean KL divergence": _kl_along, "answers unchanged": _same_along}, ("token of the answer", "")
+        card, path, {"mean KL divergence, nats": _kl_along, "answers unchanged": _same_along}, ("token of the answer", "")
     )
 
 
@@ -74,6 +74,7 @@ def _lines(panel: Any, card: Card, curve: Curve) -> int:
         panel.plot(places, values, marker=".", label=title)
     if shown:
         panel.legend()
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(bottom=0)
     return len(shown)
 
