@@ -35,7 +35,7 @@ def best_limits(groups: Tensor, scale: Tensor, moments: Moments, rounding: Round
 
 def search_clip(weight: Tensor, scale: Tensor, moments: Moments, rounding: Rounding, options: Options) -> Tensor:
     """The limits `[N, K/G]` of a weight `[N, K]` that already holds its scale `[K]`."""
-    wide = scale.unflatten(0, (-1, rounding.width(len(scale))))
+    wide = scale.unflatten(0, (-1, rounding.spec.group(len(scale))))
     pieces = [best_limits(rounding.groups(rows), wide, moments, rounding, options) for rows in row_chunks(weight)]
     return torch.cat(pieces).squeeze(2)
 

@@ -19,6 +19,7 @@ from awq.options import Options
 from awq.recipes import Recipe, ScaleGroup
 from awq.rounding import Rounding
 from awq.scale import Factors, Inspection, Layer, frozen, search_scale
+from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import Logical, dequantize
 
 __all__ = ["BlockResult", "LinearLoss", "Options", "quantize_block"]
@@ -107,10 +108,9 @@ def _prepare(block: nn.Module, recipe: Recipe, options: Options, seed: int) -> t
     sums: dict[str, Moments] = {}
     layers = {}
     for name, linear in linears.items():
-        _check_size(name, linear, rounding)
+        width = _group(name, linear, options)
         shared = inputs_of.get(name, name)
         if shared not in sums:
-            width = rounding.width(linear.in_features)
             sums[shared] = Moments(linear.in_features, width, options.sketch_rows, seed, linear.weight.device)
         clips = options.clip and name not in recipe.unclipped
         layers[name] = Layer(name, linear, linear.weight.detach(), sums[shared], clips)
@@ -125,13 +125,11 @@ def _check_recipe(block: nn.Module, recipe: Recipe, linears: Mapping[str, nn.Lin
         raise RecipeError(f"the block has no {', '.join(missing)}", "use the recipe of its architecture")
 
 
-def _check_size(name: str, linear: nn.Linear, rounding: Rounding) -> None:
-    width = rounding.width(linear.in_features)
-    if linear.in_features % width:
-        raise WeightsError(
-            f"{name} has {linear.in_features} inputs, which groups of {width} do not divide",
-            "choose another group size",
-        )
+def _group(name: str, linear: nn.Linear, options: Options) -> int:
+    try:
+        return options.spec.group(linear.in_features)
+    except LayoutError as error:
+        raise WeightsError(f"{name} cannot be quantized: {error}", "choose another group size") from error
 
 
 def _fits(block: nn.Module, group: ScaleGroup) -> bool:

@@ -20,13 +20,9 @@ class Rounding:
     spec: QuantSpec
     dtype: torch.dtype
 
-    def width(self, in_features: int) -> int:
-        """Inputs a group; a negative group size is a group per row."""
-        return self.spec.group_size if self.spec.group_size > 0 else in_features
-
     def groups(self, weight: Tensor) -> Tensor:
         """[N, K] -> fp32 `[N, K/G, G]`."""
-        return weight.float().unflatten(1, (-1, self.width(weight.shape[1])))
+        return weight.float().unflatten(1, (-1, self.spec.group(weight.shape[1])))
 
     def grid(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """[N, B, G] -> scale (rounded to dtype, held in fp32) and zero `[N, B, 1]`; the range always holds zero."""

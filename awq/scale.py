@@ -112,7 +112,7 @@ def relative_magnitude(weights: Sequence[Tensor], rounding: Rounding) -> Tensor:
 
 def stand_in(layer: Layer, scale: Tensor, rounding: Rounding, options: Options) -> Tensor:
     """fp32 `[N, K]`: Q(W s) / s, clipped as well where the two are searched together."""
-    wide = scale.unflatten(0, (-1, rounding.width(len(scale))))
+    wide = scale.unflatten(0, (-1, rounding.spec.group(len(scale))))
     out = torch.empty(layer.weight.shape, device=layer.weight.device)
     done = 0
     for rows in row_chunks(layer.weight):

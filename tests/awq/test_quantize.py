@@ -256,7 +256,7 @@ def broken(name: str, value: float) -> Block:
         (broken("self_attn.q_proj.bias", float("inf")), {}, WeightsError, "self_attn.q_proj.bias holds NaN or Inf"),
         (
             decoder_block("llama", intermediate_size=80), {}, WeightsError,
-            "mlp.down_proj has 80 inputs, which groups of 32 do not divide; choose another group size",
+            "mlp.down_proj cannot be quantized: in_features=80 is not a multiple of group_size=32; choose",
         ),
         (
             decoder_block(), {"inputs": [torch.full((3, 64), torch.nan)]}, CalibrationError,

@@ -12,7 +12,7 @@ from awq.rounding import Rounding
 from tinychat_kernels import layout
 from tinychat_kernels.layout import QuantSpec
 
-SPECS = st.builds(QuantSpec, st.sampled_from([3, 4]), st.sampled_from([32, 64, 128, -1]), st.booleans())
+SPECS = st.builds(QuantSpec, st.sampled_from([3, 4, 8]), st.sampled_from([32, 64, 128, -1]), st.booleans())
 
 
 def weight(seed: int, shift: float = 0.0, size: float = 1.0) -> Tensor:
@@ -38,7 +38,7 @@ def test_errors_are_half_a_step_at_most(spec: QuantSpec, seed: int, shift: float
     scale, _ = rounding.grid(groups)
     steps = (rounding.nearest(groups) - groups).abs() / scale
     assert float(steps.max()) <= 1 + 1e-3
-    assert float(steps.median()) <= 0.5
+    assert float(steps.median()) <= 0.5 + 1e-3
 
 
 def test_an_all_zero_group_stays_zero() -> None:
