@@ -181,7 +181,7 @@ def _parts(turn: dict[str, Any], images: Iterator[str], folder: Path) -> Iterato
         first, *others = content.split("<image>")
         yield Text(first.removesuffix("\n"))
         for text in others:
-            yield _image(next(images), folder)
+            yield _image(_next(images), folder)
             yield Text(text.removeprefix("\n"))
         return
     for part in content:
@@ -189,11 +189,17 @@ def _parts(turn: dict[str, Any], images: Iterator[str], folder: Path) -> Iterato
             yield Text(part["text"])
         else:
             named = part.get("image", part.get("path"))
-            yield _image(named if isinstance(named, str) else next(images), folder)
+            yield _image(named if isinstance(named, str) else _next(images), folder)
 
 
 def _either(turn: dict[str, Any], name: str, other: str) -> Any:
     return turn[name] if name in turn else turn[other]
+
+
+def _next(images: Iterator[str]) -> str:
+    for name in images:
+        return name
+    raise ValueError("more places of pictures than pictures")
 
 
 def _image(name: str, folder: Path) -> Image:
@@ -221,7 +227,8 @@ def _generated(wanted: Calibration, processor: Processor, share: int) -> Iterato
         if knows_demo or (sees and i % TEXT_SHARE):
             yield _demo(processor, i, wanted.seed, None if knows_demo else 1)
         else:
-            yield next(_windows(prose(wanted.seed, i), processor, wanted.seqlen))
+            windows = list(_windows(prose(wanted.seed, i), processor, wanted.seqlen))
+            yield random.Random(f"{wanted.seed}/{i}").choice(windows)
 
 
 def speaks_demo(processor: Processor) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from awq.errors import AwqError
 from awq.options import Options
 from tinychat import checkpoint, load
 from tinychat.checkpoint import Index
@@ -48,10 +49,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Job:
-    """A folder to read, a folder to write, and how. `search` are fields of awq.quantize.Options."""
+    """A folder to read, a folder to write, and how. `name` is what the facts call the model (none: as its folder).
+
+    `search` are fields of awq.quantize.Options.
+    """
 
     folder: Path
     out: Path
+    name: str = ""
     method: Method = "awq"
     spec: QuantSpec = field(default_factory=QuantSpec)
     pseudo: bool = False
@@ -64,6 +69,10 @@ class Job:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"--method is {self.method!r}", f"give {' or '.join(METHODS)}")
+        try:
+            self.search_options()
+        except AwqError as error:
+            raise UsageError(error.message, error.remedy) from error
         if self.spec.bits != 4 and not self.pseudo:
             message = f"no checkpoint of the awq format holds {self.spec.bits}-bit weights"
             raise UsageError(message, "give --bits 4, or --pseudo for 16-bit weights that stand for them")

@@ -23,7 +23,6 @@ CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "N
 LEFT = ("*.index.json", "quantize.json", "quality.json", "trainer_state.json", "training_args*", "optimizer*")
 DTYPE_KEYS = ("dtype", "torch_dtype", "model_dtype")
 BLOCK = "block-"
-FACTS = "quantize.json"
 LOG = "quantize.log"
 
 

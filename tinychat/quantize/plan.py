@@ -24,8 +24,8 @@ from tinychat.quantize.writing import PIECE
 
 FLOAT = 4  # bytes of a number while it is computed with
 WORDS_SLACK = 64 * 2**20  # what is imported on the way, and the allocator's slack
-COPIES = 3.5  # of a layer in float32: as it came, rounded in two ways, and the linear that is worked on
-LARGEST = 3.0  # further copies of its largest linear, while rounding it is tried
+COPIES = 4.5  # of a layer in float32: as it came, installed, rounded in two ways, and as tensors for the disk
+LARGEST = 4.0  # further copies of its largest linear, while rounding it is tried
 ROUNDINGS = 8.0  # of a layer's weights, besides those of the grids: the cost of stand-ins and errors
 FREE_SHARE = 0.9  # of the free memory may be used where --max-ram does not say
 COPIED = 4  # pieces of a tensor at once, as it is copied
@@ -45,6 +45,8 @@ class Plan:
     pictures: int
     ram: Mapping[str, int]
     ram_limit: int
+    device: int
+    device_limit: int
     disk: int
     disk_limit: int
     output: int
@@ -61,6 +63,9 @@ class Plan:
         if self.peak_ram > self.ram_limit:
             message = f"{size(self.peak_ram)} of memory are needed and {size(self.ram_limit)} are allowed or free"
             raise CapacityError(message, "allow more with --max-ram, free memory, or give a shorter --calib-seqlen")
+        if self.device > self.device_limit:
+            message = f"{size(self.device)} of the device's memory are needed and {size(self.device_limit)} are free"
+            raise CapacityError(message, "give --device cpu, or fewer --loss-tokens")
         if self.disk > self.disk_limit:
             message = f"{size(self.disk)} are needed on the disk of {out}, {size(self.disk_limit)} are allowed or free"
             raise CapacityError(message, "allow more with --max-disk, free some, or give fewer --calib-samples")
@@ -82,13 +87,14 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
     hold = block + 2 * states <= limit
     fronts = {stream: base + front_bytes(source, data, stream) for stream in (False, True)}
     front = states if hold else 0
-    stream = fronts[False] + front > min(limit, max(block, fronts[True] + front))
+    stream = fronts[False] + front > limit
     ram = {
         "calibration": fronts[stream] + front,
         "layers": block + (2 * states if hold else 0),
         "output": base + 4 * PIECE,
     }
     output = output_bytes(job, source)
+    cuda = job.device.startswith("cuda")
     return Plan(
         layers=source.layers,
         linears=len(shapes),
@@ -99,6 +105,8 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
         pictures=data.pictures if data else 0,
         ram=ram,
         ram_limit=limit,
+        device=max(block - base, fronts[stream] - base) + planner.CUDA_CONTEXT if cuda else 0,
+        device_limit=planner.free_bytes(torch.device(job.device)) if cuda else 0,
         disk=output + layer_bytes(job, source) + max(2 * states, output) + TABLES,
         disk_limit=min(job.max_disk or 2**62, shutil.disk_usage(_existing(job.out)).free),
         output=output,
@@ -207,14 +215,15 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     weights = sum(rows * columns for rows, columns in linears(source).values())
     spent = 3 * source.index.total_bytes / 2**29  # reading, hashing, writing
     if data is None:
-        return spent + weights * _timed(_rounding)
+        return spent + weights * _timed(_rounding, job.device)
     options = job.search_options()
     tokens, sample = sum(data.lengths), min(sum(data.lengths), options.loss_tokens or 2**62)
     passes = tokens * (2 + options.propagate) + sample * (options.scale_grid * (1 + options.duo) + 2)
     sums = tokens * source.layers * 2 * source.config.text.hidden_size * options.sketch_rows
     grids = options.scale_grid * (1 + options.duo) + (options.clip_grid * options.max_shrink + 1) * options.clip
-    rounds = weights * (grids + ROUNDINGS) * _timed(_rounding)
-    return spent + (2 * weights * passes + 2 * sums + _vision_flops(source, data)) * _timed(_product) + rounds
+    rounds = weights * (grids + ROUNDINGS) * _timed(_rounding, job.device)
+    products = 2 * weights * passes + 2 * sums + _vision_flops(source, data)
+    return spent + products * _timed(_product, job.device) + rounds
 
 
 def _vision_flops(source: Source, data: Data) -> int:
@@ -226,27 +235,29 @@ def _vision_flops(source: Source, data: Data) -> int:
     return 2 * numbers * vision.num_features * data.pictures
 
 
-def _timed(work: Callable[[], int]) -> float:
+def _timed(work: Callable[[torch.device], int], device: str) -> float:
     """Seconds for one unit of some work: the best of three, after one that is not counted."""
-    work()
-    best = float("inf")
+    where, best = torch.device(device), float("inf")
+    work(where)
     for _ in range(3):
         start = time.perf_counter()
-        units = work()
+        units = work(where)
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
         best = min(best, (time.perf_counter() - start) / units)
     return best
 
 
-def _product() -> int:
+def _product(device: torch.device) -> int:
     """A product of matrices; its units are floating-point operations."""
-    a = torch.ones(256, 1024)
-    torch.nn.functional.linear(a, torch.ones(1024, 1024))
+    a, b = torch.ones(256, 1024, device=device), torch.ones(1024, 1024, device=device)
+    torch.nn.functional.linear(a, b)
     return 2 * 256 * 1024 * 1024
 
 
-def _rounding() -> int:
+def _rounding(device: torch.device) -> int:
     """A round trip of weights through 4 bits; its units are weights."""
-    groups = torch.ones(512, 8, 128)
+    groups = torch.ones(512, 8, 128, device=device)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     scale = (high - low + 1) / 15
     (groups / scale - low).round_().clamp_(0, 15).add_(low).mul_(scale)

@@ -24,13 +24,13 @@ from tinychat.inputs.processor import Processor
 from tinychat.quantize.blocks import METHODS, Blocks, to_disk
 from tinychat.quantize.calibration import Data, gather
 from tinychat.quantize.embedding import Embedder
-from tinychat.quantize.fingerprint import files_of, fingerprint, hash_files, versions
+from tinychat.quantize.facts import FACTS, facts_of
+from tinychat.quantize.fingerprint import files_of, fingerprint, hash_files
 from tinychat.quantize.job import Job, open_job
-from tinychat.quantize.output import BLOCK, FACTS, LOG, assemble, block_name, publish
+from tinychat.quantize.output import BLOCK, LOG, assemble, block_name, publish
 from tinychat.quantize.plan import Plan, make_plan
 from tinychat.quantize.states import States, writing
 
-SCHEMA = "tinychat.quantize/1"
 STATES = "states-"
 OUTPUT = "out"
 LOCK = "lock"
@@ -111,7 +111,7 @@ class Run:
         assemble(self.job, self.source, work, folder)
         self._log("complete")
         with atomic(folder / FACTS) as file:
-            file.write(json.dumps(self._facts(work), indent=1).encode())
+            file.write(json.dumps(facts_of(self.job, self.source.config.layout, self.data, work), indent=1).encode())
         shutil.copyfile(self.job.partial / LOG, folder / LOG)
         publish(folder, self.job.out)
         yield Written(self.job.out, _finish(self.job))
@@ -178,35 +178,6 @@ class Run:
         work.commit(parts, drop=[f"{STATES}{i:05d}"])
         return facts, outputs
 
-    def _facts(self, work: Work) -> dict[str, Any]:
-        """What is to be known about the checkpoint; but for wall time and memory the same for every run."""
-        layers = [dict(work.parts[block_name(i)].facts) for i in range(self.plan.layers)]
-        wall = sum(layer.pop("seconds") for layer in layers) + sum(work.notes.values())
-        data = self.data
-        return {
-            "schema": SCHEMA,
-            "model": self.job.folder.name,
-            "format": "float" if self.job.pseudo else "awq gemm",
-            "options": self.job.options,
-            "calibration": data
-            and {
-                "sources": [Path(name).name for name in data.sources],
-                "sequences": len(data.prompts),
-                "pictures": data.pictures,
-                "tokens": sum(data.lengths),
-                "seqlen": data.seqlen,
-                "seed": self.job.calibration.seed,
-                "sha256": data.sha256,
-            },
-            "layers": layers,
-            "fallbacks": [i for i, layer in enumerate(layers) if self.job.searches and layer["kept"] == "rtn"],
-            "spared": list(self.plan.spared),
-            "versions": versions(),
-            "fingerprint": work.fingerprint,
-            "wall_s": round(wall, 3),
-            "peak_ram": peak_ram(),
-        }
-
     def _log(self, line: str) -> None:
         with (self.job.partial / LOG).open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
@@ -230,6 +201,9 @@ def explained(job: Job) -> Iterator[None]:
         raise UsageError(error.message, error.remedy) from error
     except AwqError as error:
         raise ModelError(error.message, error.remedy) from error
+    except torch.OutOfMemoryError as error:
+        message = "the device's memory is full; the work so far is kept"
+        raise CapacityError(message, "run it again with --resume once it is free, or anew with --device cpu") from error
     except OSError as error:
         if error.errno in FULL:
             message = f"the disk of {job.partial} is full; the work so far is kept there"
@@ -258,17 +232,6 @@ def lock(file: IO[str]) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def peak_ram() -> int:
-    """The most bytes of memory that this process has had."""
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _finish(job: Job) -> dict[str, Any]:

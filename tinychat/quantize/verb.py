@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.core import Progress
 from tinychat.errors import TinychatError, UsageError
+from tinychat.quantize.facts import SCHEMA
 from tinychat.quantize.job import Calibration, Job
 from tinychat.quantize.plan import Plan, size
-from tinychat.quantize.run import SCHEMA, Began, Event, LayerDone, Run, Written
+from tinychat.quantize.run import Began, Event, LayerDone, Run, Written
 from tinychat.terminal.quantizing import Board, duration
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
@@ -34,21 +35,24 @@ def job_of(flags: QuantizeFlags) -> Job:
     """The job that the flags describe. Raises UsageError, and ModelError where there is no such model."""
     from tinychat import load
     from tinychat.flags import parse_size
+    from tinychat.placement import default_device
 
     try:
         spec = QuantSpec(flags.bits, flags.group_size, not flags.symmetric)
     except LayoutError as error:
         raise UsageError(str(error), "give other --bits or another --group-size") from error
+    folder = load.resolve(flags.model, flags.revision)
     wanted = Calibration(tuple(flags.calib), flags.calib_samples, flags.calib_seqlen, flags.seed, flags.template)
     return Job(
-        folder=load.resolve(flags.model, flags.revision),
+        folder=folder,
         out=Path(flags.out or "").expanduser(),
+        name=folder.resolve().name if Path(flags.model or "").expanduser().is_dir() else flags.model or "",
         method=flags.method,  # type: ignore[arg-type]  # checked by Job
         spec=spec,
         pseudo=flags.pseudo,
         search={name: getattr(flags, name) for name in SEARCH},
         calibration=wanted,
-        device=flags.device or "cpu",
+        device=flags.device or str(default_device()),
         max_ram=parse_size("--max-ram", flags.max_ram),
         max_disk=parse_size("--max-disk", flags.max_disk),
     )

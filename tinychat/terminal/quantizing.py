@@ -84,7 +84,7 @@ def _bar(stream: TextIO) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn())
     rest = TextColumn("{task.fields[left]}", markup=False)
     console = Console(file=stream, force_terminal=True)
     return Progress(*columns, rest, console=console, transient=True, refresh_per_second=4)

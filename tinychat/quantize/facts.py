@@ -1,0 +1,71 @@
+"""What is known about a checkpoint that was made here: options, data, losses, versions; quantize.json in its folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from awq.save import Work
+from tinychat.config import read_json
+from tinychat.quantize.calibration import Data
+from tinychat.quantize.fingerprint import versions
+from tinychat.quantize.job import SPARED, Job
+from tinychat.quantize.output import BLOCK
+
+SCHEMA = "tinychat.quantize/1"
+FACTS = "quantize.json"
+ON_CARD = ("model", "format", "options", "calibration", "fallbacks", "spared", "versions", "wall_s")
+
+
+def facts_of(job: Job, layout: str, data: Data | None, work: Work) -> dict[str, Any]:
+    """All of it; but for wall time and memory the same for every run."""
+    layers = [dict(work.parts[name].facts) for name in sorted(work.parts) if name.startswith(BLOCK)]
+    wall = sum(layer.pop("seconds") for layer in layers) + sum(work.notes.values())
+    return {
+        "schema": SCHEMA,
+        "model": job.name or job.folder.name,
+        "layout": layout,
+        "format": "float" if job.pseudo else "awq gemm",
+        "options": job.options,
+        "calibration": _calibration(job, data) if data else None,
+        "layers": layers,
+        "fallbacks": [i for i, layer in enumerate(layers) if job.searches and layer["kept"] == "rtn"],
+        "spared": list(SPARED[layout]),
+        "versions": versions(),
+        "fingerprint": work.fingerprint,
+        "wall_s": round(wall, 3),
+        "peak_ram": peak_ram(),
+    }
+
+
+def for_card(folder: Path) -> dict[str, Any]:
+    """What a quality card tells of it: without the losses of each linear and the hashes of each file.
+
+    Raises ModelError where the folder was not made here.
+    """
+    found = read_json(folder / FACTS)
+    return {name: found[name] for name in ON_CARD if found.get(name) is not None}
+
+
+def peak_ram() -> int:
+    """The most bytes of memory that this process has had."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _calibration(job: Job, data: Data) -> dict[str, Any]:
+    return {
+        "sources": [Path(name).name for name in data.sources],
+        "sequences": len(data.prompts),
+        "pictures": data.pictures,
+        "tokens": sum(data.lengths),
+        "seqlen": data.seqlen,
+        "seed": job.calibration.seed,
+        "sha256": data.sha256,
+    }
