@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from make_tiny_model import make_tiny_model
 from tinychat import load
 from tinychat.engine.engine import Engine
 from tinychat.errors import ModelError, UsageError

@@ -89,7 +89,7 @@ def test_text_has_its_size_and_lies_in_the_picture(name: str, monkeypatch: pytes
         top, bottom, left, right_end = ink(shown, plain)
         side = len(shown)
         assert 0.45 <= (bottom - top) / (probe.size or 0) / side <= 1.0, (probe.size, top, bottom)
-        assert 0 < top and bottom < side and 0 < left and right_end < side
+        assert top > 0 and bottom < side and left > 0 and right_end < side
 
 
 @pytest.mark.parametrize(

@@ -25,18 +25,21 @@ from tinychat.inputs.processor import Prompt
 WHOLE = 8192  # tokens of vocabulary up to which all logits are kept
 KEPT = 1024  # else so many of the likeliest, and the probability of all others as one
 RESAMPLES = 1000
+OTHERS = "compare a model with the one that it was made from, tokenizer and template included"
 ROWS = 64  # positions whose distributions are computed at once
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A prompt and its continuation; `scored` are the positions whose prediction counts, the answer's own last."""
+    """A prompt and its continuation by a model of so many tokens of vocabulary; `scored` are the positions whose
+    prediction counts, the last `answered` of them the answer's own."""
 
     kind: Kind
     prompt: Prompt
     answer: tuple[int, ...]
     scored: tuple[int, ...]
     answered: int
+    vocabulary: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ def continued(engine: Engine, item: Item) -> Held:
             answered = len(ids) + (event.finish_reason == "eos")  # where it ends is predicted too
             asked = _text_positions(prompt) if item.reads_prompt else ()
             last = len(prompt.ids) - 1
-            return Held(item.kind, prompt, ids, (*asked, *range(last, last + answered)), answered)
+            return Held(item.kind, prompt, ids, (*asked, *range(last, last + answered)), answered, _vocabulary(engine))
     raise ModelError("the engine ended without an answer", "report this as a bug")
 
 
@@ -141,11 +144,14 @@ def read(engine: Engine, sequence: Held) -> Reading:
 
 def check_same_tokens(engine: Engine, item: Item, sequence: Held) -> None:
     """Raises ModelError where another model makes other tokens of an item."""
+    if (size := _vocabulary(engine)) != sequence.vocabulary:
+        raise ModelError(f"the models have {sequence.vocabulary} and {size} tokens of vocabulary", OTHERS)
     if engine.processor(item.request).ids != sequence.prompt.ids:
-        raise ModelError(
-            "the two models make different tokens of the same question",
-            "compare a model with the one that it was made from, tokenizer and template included",
-        )
+        raise ModelError("the two models make different tokens of the same question", OTHERS)
+
+
+def _vocabulary(engine: Engine) -> int:
+    return engine.processor.config.text.vocab_size
 
 
 def coded(logits: Tensor) -> dict[str, Tensor]:
@@ -175,11 +181,6 @@ def compare(sequence: Held, base: dict[str, Tensor], logits: Tensor) -> Compared
     Where not all logits are kept, the KL is that of the coarser distributions: a lower bound, and close to it.
     """
     logp, logq = base["logp"].double(), log_probabilities(logits, base["ids"]).double()
-    if logp.shape != logq.shape:
-        raise ModelError(
-            f"the models have {logits.shape[1]} and {logp.shape[1]} tokens of vocabulary",
-            "compare a model with the one that it was made from",
-        )
     kl = (logp.exp() * (logp - logq)).sum(1).clamp(min=0)
     return Compared(sequence.kind, kl.numpy(), (logits.argmax(1) == base["top"]).numpy(), sequence.answered)
 

@@ -52,7 +52,7 @@ def answer_perplexity(engine: Engine, items: Iterable[Item]) -> float:
         prompt, text = engine.processor(item.request), engine.processor.marked
         answer = tuple(text.encode(text.quote(item.answer or "")))
         last = len(prompt.ids) - 1
-        held = Held(item.kind, prompt, answer, tuple(range(last, last + len(answer))), len(answer))
+        held = Held(item.kind, prompt, answer, tuple(range(last, last + len(answer))), len(answer), 0)
         total += float(cross_entropy(read(engine, held).logits.float(), torch.tensor(answer), reduction="sum"))
         tokens += len(answer)
     return _exponential(total / tokens)

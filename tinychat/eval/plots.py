@@ -44,7 +44,10 @@ def _layers(card: Card, path: Path) -> Path | None:
 
 def _along(card: Card, path: Path) -> Path | None:
     return _figure(
-        card, path, {"mean KL divergence, nats": _kl_along, "answers unchanged": _same_along}, ("token of the answer", "")
+        card,
+        path,
+        {"mean KL divergence, nats": _kl_along, "answers unchanged": _same_along},
+        ("token of the answer", ""),
     )
 
 
