@@ -23,6 +23,7 @@ from tinychat.flags import (
     AskFlags,
     BenchFlags,
     ChatFlags,
+    ConvertFlags,
     DoctorFlags,
     EvalFlags,
     ModelFlags,
@@ -205,6 +206,20 @@ def quantize(flags: QuantizeFlags) -> int:
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     return verb.perform(flags, make_board(sys.stderr, is_plain(sys.stderr, flags.plain)), _say)
+
+
+@app.command()
+@with_flags
+def convert(flags: ConvertFlags) -> int:
+    """Write a 4-bit checkpoint in another format, for other programs to read; nothing of it is rounded."""
+    from tinychat import convert as converting
+    from tinychat import load
+
+    folder = load.resolve(flags.model, flags.revision)
+    with _progress(flags.plain) as report:
+        found = converting.perform(folder, flags, report)
+    _say(json.dumps(found) if flags.json else converting.sentence(found))
+    return 0
 
 
 @app.command()

@@ -257,7 +257,9 @@ class QuantizeFlags:
     scale_grid: Annotated[int, typer.Option(help="Scales tried.", min=1)] = 20
     loss_tokens: Annotated[int, typer.Option(help="Tokens that judge a scale.", min=1)] = 2048
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu")] = None
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU where there is one")
+    ] = None
     max_ram: Annotated[
         str | None, typer.Option(help="Memory to use, such as 6GiB.", show_default="nine tenths of what is free")
     ] = None
@@ -271,6 +273,35 @@ class QuantizeFlags:
     def __post_init__(self) -> None:
         if self.model is None or self.out is None:
             raise UsageError("a model and a folder to write are needed", "write tinychat quantize MODEL OUT")
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Which 4-bit checkpoint is written where, and as what."""
+
+    model: Annotated[str | None, typer.Argument(metavar="IN", help="A 4-bit model: a folder or a hub id.")] = None
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="awq-gemm or compressed-tensors (folders of transformers, for vLLM and SGLang), vila or llm-awq-v2.",
+        ),
+    ] = None
+    scales: Annotated[
+        str | None,
+        typer.Option(help="Store scales as fp16 or bf16, where every one has the value.", show_default="as they are"),
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
+    plain: Plain = False
+    json: AsJson = False
+
+    def __post_init__(self) -> None:
+        if self.model is None or self.out is None or self.to is None:
+            message = "a model, a folder to write and a format are needed"
+            raise UsageError(message, "write tinychat convert IN OUT --to FORMAT")
+        if self.scales not in (None, "fp16", "bf16"):
+            raise UsageError(f"--scales is {self.scales!r}", "give fp16 or bf16")
 
 
 @dataclass(frozen=True)

@@ -136,12 +136,13 @@ def open_index(folder: Path, config: VilaConfig) -> Index:
 
     An original LLaVA's tower and its config are added.
     """
-    index = _open_parts(folder, config)
+    index = open_parts(folder, config)
     quantization = quantization_of(config, index)
     return index if quantization is None else as_gemm(index, quantization)
 
 
-def _open_parts(folder: Path, config: VilaConfig) -> Index:
+def open_parts(folder: Path, config: VilaConfig) -> Index:
+    """The tensors of a folder as they are on disk."""
     index = checkpoint.open_model(folder, config.layout)
     if config.layout != "llava":
         return index

@@ -1,0 +1,368 @@
+"""Conversion is exact, around the ring of formats and layouts; what a target cannot hold is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import json_keys
+import pytest
+import torch
+from packed_folders import as_pickle, packed_folder, set_quantization
+from PIL import Image as Pictures
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from make_tiny_model import make_tiny_model
+from tinychat import convert as converting
+from tinychat.checkpoint import Index
+from tinychat.cli import main
+from tinychat.convert import TARGETS, convert, plan
+from tinychat.core import Finished, Image, Message, Progress, Request, StoppingParams, Text
+from tinychat.engine.engine import Engine
+from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
+from tinychat.load import load, load_model
+from tinychat_kernels.formats import COMPRESSED_TENSORS, GEMM, GPTQ, LLM_AWQ_V2, Format
+
+NEW_ROWS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_model(folder, dtype="float32", device="cpu").state_dict()
+
+
+def same_model(folder: Path, like: Path) -> None:
+    """Every tensor in memory, bit for bit; a vocabulary may have grown."""
+    found, wanted = tensors_of(folder), tensors_of(like)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        other = found[name][: len(tensor)] if name in NEW_ROWS else found[name]
+        assert torch.equal(other, tensor) and found[name].dtype == tensor.dtype, name
+
+
+def answer(folder: Path, picture: Path | None) -> tuple[int, ...]:
+    """Greedy."""
+    model, processor = load(folder, dtype="float32", device="cpu", context=256)
+    parts = (Image(path=str(picture)), Text("what?")) if picture else (Text("what?"),)
+    stopping = StoppingParams(max_new_tokens=12, ignore_eos=True)
+    end = list(Engine(model, processor, context=256).run([Request("r", (Message("user", parts),), stopping=stopping)]))
+    assert isinstance(end[-1], Finished), end[-1]
+    return end[-1].token_ids
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Pictures.effect_noise((70, 50), 90).convert("RGB").save(path)
+    return path
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("vocabulary", [320, 259])
+def test_around_the_ring_with_pictures(tmp_path: Path, picture: Path, vision: str, vocabulary: int):
+    """VILA folder -> llm-awq -> LLaVA of transformers -> compressed-tensors -> VILA folder: one model, one answer."""
+    options = {"vision": vision, "vocab_size": vocabulary, "hidden_size": 128, "seed": 5}
+    source = make_tiny_model(tmp_path / "source", "vila", quantize=32, dtype="float16", **options)
+    wanted, here = answer(source, picture), source
+    for to in ("llm-awq-v2", "awq-gemm", "compressed-tensors", "vila"):
+        convert(here, tmp_path / to, to)
+        here = tmp_path / to
+        same_model(here, source)
+        assert answer(here, picture) == wanted
+    assert len(set(wanted)) > 1
+    packed = load_file(here / "llm" / "model.safetensors")
+    for name, tensor in load_file(source / "llm" / "model.safetensors").items():
+        other = packed[name][: len(tensor)] if f"llm.{name}" in NEW_ROWS else packed[name]
+        assert torch.equal(other, tensor) and other.dtype == tensor.dtype, name
+
+
+@pytest.mark.parametrize("to", ["awq-gemm", "compressed-tensors", "llm-awq-v2"])
+@pytest.mark.parametrize("format", [GEMM, GPTQ, LLM_AWQ_V2, COMPRESSED_TENSORS], ids=lambda format: format.name)
+def test_text_models(tmp_path: Path, format: Format, to: str):
+    source = packed_folder(tmp_path / "source", format)
+    found = convert(source, tmp_path / "out", to)
+    same_model(tmp_path / "out", source)
+    assert answer(tmp_path / "out", None) == answer(source, None)
+    assert found["from"] == {"layout": "text", "format": format.name}
+    assert (found["linears"], found["group_size"], found["layout"]) == (14, 32, "text")
+    assert found["bytes"] == sum((tmp_path / "out" / name).stat().st_size for name in found["files"])
+
+
+@pytest.mark.parametrize("layout", ["llava", "llava_hf"])
+@pytest.mark.parametrize("to", TARGETS)
+def test_llava_folders(tmp_path: Path, layout: str, to: str, picture: Path):
+    source = packed_folder(tmp_path / "source", GEMM, layout)
+    convert(source, tmp_path / "out", to)
+    same_model(tmp_path / "out", source)
+    assert answer(tmp_path / "out", picture) == answer(source, picture)
+
+
+def test_an_old_pickle_becomes_what_transformers_names(tmp_path: Path):
+    """VILA's .pt of llm-awq, with the names and the config of LlavaForConditionalGeneration."""
+    source = as_pickle(packed_folder(tmp_path / "source", LLM_AWQ_V2, "vila"))
+    convert(source, tmp_path / "out", "awq-gemm")
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["architectures"] == ["LlavaForConditionalGeneration"]
+    assert raw["quantization_config"] == {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
+        "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+    }
+    assert raw["image_token_index"] < raw["text_config"]["vocab_size"]
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "language_model.model.layers.1.mlp.down_proj.qweight" in names
+    assert {name.split(".")[0] for name in names} == {"language_model", "vision_tower", "multi_modal_projector"}
+
+
+def test_transformers_builds_the_model_with_those_tensors(tmp_path: Path):
+    """Its own class, on the meta device, has every tensor that is not packed, of that shape."""
+    from transformers import AutoConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    for vision in ("clip", "siglip"):
+        source = make_tiny_model(tmp_path / vision, "vila", quantize=32, vision=vision)
+        convert(source, tmp_path / f"{vision}-out", "awq-gemm")
+        config = AutoConfig.from_pretrained(tmp_path / f"{vision}-out")
+        with torch.device("meta"):
+            theirs = LlavaForConditionalGeneration(config).state_dict()
+        shapes = {
+            tuple(tensor.shape) for tensor in load_file(tmp_path / f"{vision}-out" / "model.safetensors").values()
+        }
+        floats = [name for name in theirs if "language_model.layers" not in name or not name.endswith("_proj.weight")]
+        assert not [name for name in floats if tuple(theirs[name].shape) not in shapes]
+        processor = LlavaProcessor.from_pretrained(tmp_path / f"{vision}-out", backend="pil")
+        text = processor(images=Pictures.new("RGB", (56, 56)), text="<image> hi", return_tensors="pt")
+        features = int((text["input_ids"] == config.image_token_id).sum())
+        assert features == config.image_seq_length == 16
+
+
+def test_what_belongs_to_the_words_is_carried(tmp_path: Path):
+    source = make_tiny_model(tmp_path / "source", "vila", quantize=32)
+    (source / "README.md").write_text("a card")
+    for to in ("awq-gemm", "llm-awq-v2"):
+        convert(source, tmp_path / to, to)
+    files = {path.name for path in (tmp_path / "awq-gemm").iterdir()}
+    assert files >= {"README.md", "tokenizer.json", "generation_config.json", "preprocessor_config.json"}
+    assert files >= {"processor_config.json", "chat_template.jinja"}
+    vila = tmp_path / "llm-awq-v2"
+    assert (vila / "README.md").read_text() == "a card"
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (vila / "llm" / name).read_bytes() == (source / "llm" / name).read_bytes()
+    assert [path.name for path in (vila / "llm").glob("model*")] == ["model-w4-g32-awq-v2.pt"]
+    assert "quantization_config" not in (vila / "config.json").read_text() + (vila / "llm/config.json").read_text()
+
+
+def test_linears_that_stay_float_are_named(tmp_path: Path):
+    source = packed_folder(tmp_path / "source", GEMM)
+    tensors = load_file(source / "model.safetensors")
+    stem = "model.layers.1.mlp.down_proj"
+    for part in ("qweight", "qzeros", "scales"):
+        del tensors[f"{stem}.{part}"]
+    tensors[f"{stem}.weight"] = torch.randn(128, 256)
+    save_file(tensors, source / "model.safetensors")
+    for to, key in (("awq-gemm", "modules_to_not_convert"), ("compressed-tensors", "ignore")):
+        convert(source, tmp_path / to, to)
+        raw = json.loads((tmp_path / to / "config.json").read_text())["quantization_config"]
+        assert len(raw[key]) == 2 and "down_proj" in raw[key][1]
+        same_model(tmp_path / to, source)
+
+
+@pytest.mark.parametrize("layout", ["text", "vila"])
+def test_shards_and_progress(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch):
+    write = converting.write_safetensors
+    monkeypatch.setattr(converting, "write_safetensors", lambda tensors, folder: write(tensors, folder, 20000))
+    source = packed_folder(tmp_path / "source", GEMM, layout)
+    seen: list[Progress] = []
+    convert(source, tmp_path / "out", "vila" if layout == "vila" else "awq-gemm", progress=seen.append)
+    assert [step.done for step in seen] == list(range(1, seen[0].total + 1))
+    assert len(list((tmp_path / "out").rglob("model-*-of-*.safetensors"))) > 3
+    same_model(tmp_path / "out", source)
+
+
+def test_one_linear_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tensors are asked for as they are written, not before."""
+    asked: list[str] = []
+    get = Index.get
+    monkeypatch.setattr(Index, "get", lambda self, name: (asked.append(name), get(self, name))[1])
+    ahead: list[int] = []
+
+    def write(tensors, folder):
+        for written, _ in enumerate(tensors, 1):
+            ahead.append(len(asked) - written)
+
+    monkeypatch.setattr(converting, "write_safetensors", write)
+    convert(packed_folder(tmp_path / "source", GEMM), tmp_path / "out", "awq-gemm")
+    assert max(ahead) <= 2
+
+
+def test_scales_in_another_type(tmp_path: Path):
+    source = packed_folder(tmp_path / "bf16", GEMM, dtype=torch.bfloat16)
+    convert(source, tmp_path / "fp16", "awq-gemm", scales=torch.float16)
+    found = load_file(tmp_path / "fp16" / "model.safetensors")
+    for name, tensor in load_file(source / "model.safetensors").items():
+        assert torch.equal(found[name].double(), tensor.double())
+        assert found[name].dtype == (torch.float16 if name.endswith("scales") else tensor.dtype)
+
+
+def command(capfd: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    code = main(["convert", *map(str, args)])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    source = packed_folder(tmp_path / "source", GPTQ)
+    code, out, err = command(capfd, source, tmp_path / "out", "--to", "awq-gemm", "--json", "--scales", "fp16")
+    assert code == 0 and err.startswith("loading ")
+    json_keys.check(json.loads(out), "tinychat.convert/1")
+    code, out, _ = command(capfd, source, tmp_path / "again", "--to", "compressed-tensors")
+    assert code == 0
+    assert "again holds" in out and "as compressed-tensors: 14 4-bit linears, " in out
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (
+            ("source",),
+            2,
+            "a model, a folder to write and a format are needed; write tinychat convert IN OUT",
+        ),
+        (("source", "out", "--to", "awq-gemm", "--scales", "fp8"), 2, "--scales is 'fp8'; give fp16 or bf16"),
+        (("source", "source", "--to", "awq-gemm"), 2, "source exists; give a folder that does not exist yet"),
+        (("source", "out", "--to", "vila"), 3, "the model reads text only"),
+    ],
+)
+def test_the_command_refuses(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    code: int,
+    words: str,
+):
+    packed_folder(tmp_path / "source", GEMM)
+    monkeypatch.chdir(tmp_path)
+    args = tuple(f"./{arg}" if arg == "source" else arg for arg in args)
+    found, _, said = command(capfd, *args)
+    assert found == code and words in said
+
+
+# refusals
+
+
+def text(tmp_path: Path, format: Format = GEMM) -> Path:
+    return packed_folder(tmp_path / "source", format)
+
+
+def vila(tmp_path: Path, **options: object) -> Path:
+    return make_tiny_model(tmp_path / "source", "vila", quantize=32, **options)
+
+
+def narrow(tmp_path: Path) -> Path:
+    return make_tiny_model(tmp_path / "source", "text", quantize=32, intermediate_size=96)
+
+
+def without(folder: Path, end: str) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if not n.endswith(end)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "to", "options", "words"),
+    [
+        (text, "gguf", {}, "there is no format 'gguf'; give one of awq-gemm, vila, compressed-tensors, llm-awq-v2"),
+        (text, "vila", {}, "the model reads text only, and a VILA folder has a vision tower; try --to awq-gemm"),
+        (
+            narrow,
+            "llm-awq-v2",
+            {},
+            "down_proj cannot be converted: in_features=96 is not a multiple of 64, which llm-awq",
+        ),
+        (
+            text,
+            "awq-gemm",
+            {"scales": torch.bfloat16},
+            r"_proj cannot be converted: \d+ of \d+ scales are torch.float16 and have no value in torch.bfloat16",
+        ),
+        (
+            lambda tmp_path: vila(tmp_path, projector="mlp_downsample"),
+            "awq-gemm",
+            {},
+            "the model has a projector of type mlp_downsample, which transformers' LLaVA has not; convert it with --to",
+        ),
+        (
+            lambda tmp_path: make_tiny_model(tmp_path / "source", "text"),
+            "awq-gemm",
+            {},
+            "source has no 4-bit weights; quantize the model first",
+        ),
+        (
+            lambda tmp_path: without(text(tmp_path), "layers.0.mlp.up_proj.qzeros"),
+            "compressed-tensors",
+            {},
+            "1 missing: llm.model.layers.0.mlp.up_proj.qzeros",
+        ),
+        (
+            lambda tmp_path: without(text(tmp_path, GPTQ), "layers.0.mlp.up_proj.scales"),
+            "awq-gemm",
+            {},
+            "up_proj is not as the quantization_config says: scales is missing",
+        ),
+    ],
+)
+def test_what_cannot_be_converted(tmp_path: Path, make, to: str, options, words: str):
+    source = make(tmp_path)
+    with pytest.raises(TinychatError, match=words):
+        convert(source, tmp_path / "out", to, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_scales_of_32_bits_have_no_place_in_llm_awq(tmp_path: Path):
+    source = packed_folder(tmp_path / "source", GEMM, dtype=torch.float32)
+    with pytest.raises(ModelError, match="scales are torch.float32, llm-awq-v2 has float16 or bfloat16"):
+        convert(source, tmp_path / "out", "llm-awq-v2")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_nothing_is_written_over(tmp_path: Path):
+    source = text(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="out exists; give a folder that does not exist yet"):
+        convert(source, tmp_path / "out", "awq-gemm")
+
+
+def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CapacityError, match=r"GiB are needed on the disk of .*, 0\.0 GiB are free"):
+        plan(text(tmp_path), tmp_path / "deep" / "out", "awq-gemm")
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(converting, "write_safetensors", full)
+    source = text(tmp_path)
+    with pytest.raises(UsageError, match="out cannot be written: No space left on device; give another folder"):
+        convert(source, tmp_path / "out", "awq-gemm")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_group_a_row(tmp_path: Path):
+    """compressed-tensors calls it channel, AWQ -1."""
+    source = make_tiny_model(tmp_path / "source", "text", quantize=64)
+    tensors = load_file(source / "model.safetensors")
+    assert all(len(t) in (1, 2) for n, t in tensors.items() if n.endswith("scales"))
+    kept = {n: t[:1].clone() if n.endswith(("scales", "qzeros")) else t for n, t in tensors.items()}
+    save_file(kept, source / "model.safetensors")
+    group = {"bits": 4, "group_size": -1, "zero_point": True}
+    set_quantization(source, {"quant_method": "awq", "version": "gemm", **group})
+    convert(source, tmp_path / "ct", "compressed-tensors")
+    convert(tmp_path / "ct", tmp_path / "gemm", "awq-gemm")
+    same_model(tmp_path / "gemm", source)

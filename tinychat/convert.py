@@ -1,0 +1,353 @@
+"""A 4-bit checkpoint in another format or layout: the same (q, scale, zero), for other programs to read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tinychat import layouts, load
+from tinychat.checkpoint import HARMLESS, Index, compare, rename, write_safetensors
+from tinychat.config import FLOAT_TYPES, VilaConfig, read_config, read_json
+from tinychat.core import Progress
+from tinychat.errors import CapacityError, ModelError, UsageError
+from tinychat.flags import ConvertFlags
+from tinychat.hub import find_tower
+from tinychat.inputs.processor import Processor
+from tinychat.pickled import write_pickle
+from tinychat.quantization import quantization_of
+from tinychat.quantize.job import SPARED
+from tinychat.repack import as_gemm, packed_linears
+from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.formats import COMPRESSED_TENSORS, GEMM, LLM_AWQ_V2, Format
+from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec, to_logical
+
+Json = dict[str, Any]
+Report = Callable[[Progress], None]
+
+PARTS = tuple(AwqGemm._fields)
+HEAD = "vision_tower.vision_model.head."  # no computation of ours needs it, and SigLIP's config in transformers may
+ROWS = 64  # a vocabulary grows in steps of this
+GIB = 2**30
+LINEAR = re.compile(r"(llm\.model\.layers\..*_proj)\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A format, and whether it comes as a VILA folder or as a folder of transformers."""
+
+    format: Format
+    vila: bool
+
+
+TARGETS = {
+    "awq-gemm": Target(GEMM, vila=False),
+    "vila": Target(GEMM, vila=True),
+    "compressed-tensors": Target(COMPRESSED_TENSORS, vila=False),
+    "llm-awq-v2": Target(LLM_AWQ_V2, vila=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageToken:
+    """The id that stands for pictures, the rows that the embeddings have with it, and whose copy the new rows are."""
+
+    id: int
+    vocab_size: int
+    filler: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is converted, checked as far as headers tell. Names of `index` are those in memory."""
+
+    folder: Path
+    config: VilaConfig
+    index: Index
+    spec: QuantSpec
+    stored: str
+    target: Target
+    layout: str
+    scales: torch.dtype | None = None
+    image: ImageToken | None = None
+
+    @property
+    def linears(self) -> list[str]:
+        return packed_linears(self.index)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.index.dtype("llm.model.embed_tokens.weight")).removeprefix("torch.")
+
+
+def convert(
+    folder: Path, out: Path, to: str, *, scales: torch.dtype | None = None, progress: Report | None = None
+) -> Json:
+    """Write `folder` as `out` in the format `to` (a key of TARGETS), and say what was done.
+
+    `out` appears when it is complete. `scales`: another 16-bit type for them, where every one of them has it.
+    Raises UsageError (an unknown format, an `out` that exists), ModelError (weights that are not 4-bit, or that the
+    target cannot hold), FormatError (damaged files), CapacityError (the disk).
+    """
+    job = plan(folder, out, to, scales)
+    with _beside(out) as draft:
+        _write_weights(job, draft, progress)
+        _write_files(job, draft)
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    return {
+        "schema": "tinychat.convert/1",
+        "model": str(folder),
+        "out": str(out),
+        "to": to,
+        "from": {"layout": job.config.layout, "format": job.stored},
+        "layout": job.layout,
+        "group_size": job.spec.group_size,
+        "linears": len(job.linears),
+        "bytes": sum((out / name).stat().st_size for name in files),
+        "files": files,
+    }
+
+
+def perform(folder: Path, flags: ConvertFlags, progress: Report) -> Json:
+    """The verb: what `convert` says of what the flags ask for."""
+    scales = FLOAT_TYPES[load.SHORT[flags.scales]] if flags.scales else None
+    return convert(folder, Path(flags.out or ""), flags.to or "", scales=scales, progress=progress)
+
+
+def sentence(found: Json) -> str:
+    """What was done, for people."""
+    size = f"{found['linears']} 4-bit linears, {found['bytes'] / 2**20:,.1f} MiB"
+    return f"{found['out']} holds {found['model']} as {found['to']}: {size}, q, scales and zero points unchanged"
+
+
+def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None) -> Job:
+    """Everything that can be refused before a byte is written."""
+    if to not in TARGETS:
+        raise UsageError(f"there is no format {to!r}", f"give one of {', '.join(TARGETS)}")
+    if out.exists():
+        raise UsageError(f"{out} exists", "give a folder that does not exist yet")
+    target, config = TARGETS[to], read_config(folder)
+    stored = load.open_parts(folder, config)
+    if (found := quantization_of(config, stored)) is None:
+        raise ModelError(f"{folder} has no 4-bit weights", "quantize the model first: tinychat quantize MODEL OUT")
+    on_disk = as_gemm(stored, found)
+    layout = _layout(config, target, to)
+    job = Job(folder, config, _with_head(on_disk, config), found.spec, found.format.name, target, layout, scales)
+    empty = load.empty_model(config, torch.float16, job.spec, frozenset(job.linears))
+    compare(empty, on_disk, config.layout).check()
+    _check_linears(job)
+    _check_space(job, out)
+    if layout != "llava_hf" or config.layout == "llava_hf":
+        return job
+    layouts.check_llava(config)
+    return Job(folder, config, job.index, found.spec, job.stored, target, layout, scales, _image_token(job))
+
+
+def _layout(config: VilaConfig, target: Target, to: str) -> str:
+    if config.vision is None:
+        if to == "vila":
+            raise ModelError("the model reads text only, and a VILA folder has a vision tower", "try --to awq-gemm")
+        return "text"
+    return "vila" if target.vila else "llava_hf"
+
+
+def _with_head(on_disk: Index, config: VilaConfig) -> Index:
+    """The tensors by their names in memory, and the head of a SigLIP tower."""
+    index = on_disk.renamed(config.layout)
+    entries = {name: index.entry(name) for name in index.names()}
+    named = {rename(name, config.layout): name for name in on_disk.names()}
+    heads = {ours: on_disk.entry(theirs) for ours, theirs in named.items() if ours.startswith(HEAD)}
+    assert all(HARMLESS.fullmatch(name) for name in heads)
+    return Index(entries | heads)
+
+
+def _check_linears(job: Job) -> None:
+    for stem in job.linears:
+        rows, columns = GEMM.size({"qweight": job.index.shape(f"{stem}.qweight")})
+        try:
+            job.target.format.check(job.spec, rows, columns)
+        except LayoutError as error:
+            raise ModelError(f"{stem} cannot be converted: {error}", "choose another format") from error
+
+
+def _check_space(job: Job, out: Path) -> None:
+    home = next(parent for parent in out.absolute().parents if parent.is_dir())
+    needed = job.index.total_bytes * (2 if job.target.format is LLM_AWQ_V2 else 1)
+    if (free := shutil.disk_usage(home).free) < needed:
+        message = f"{needed / GIB:.1f} GiB are needed on the disk of {home}, {free / GIB:.1f} GiB are free"
+        raise CapacityError(message, "free some, or give a folder on another disk")
+
+
+def _image_token(job: Job) -> ImageToken:
+    """The tokenizer's own image token where it has a row, else a new one: on a spare row, or on rows to be added."""
+    words = Processor.from_folder(job.folder, job.config)
+    rows = job.config.text.vocab_size
+    place = job.config.image_token_id if job.config.image_token_id is not None else words.marked.image_token_id
+    place = len(words.tokenizer) if place is None else place
+    tokenizer: Any = words.tokenizer
+    likely = (tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id, 0)
+    filler = next(i for i in likely if isinstance(i, int) and i < rows)
+    return ImageToken(place, rows if place < rows else math.ceil((place + 1) / ROWS) * ROWS, filler)
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` at the end, and is gone where it does not come to that."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            yield draft
+            draft.chmod(0o755)
+            draft.rename(out)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror or error}", "give another folder") from error
+
+
+def _write_weights(job: Job, draft: Path, progress: Report | None) -> None:
+    names = job.index.names()
+    done = 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(Progress("", "load", done, len(names)))
+
+    for part in layouts.VILA_PARTS if job.layout == "vila" else [""]:
+        prefix = f"{part}." if part else ""
+        tensors = _tensors(job, [name for name in names if name.startswith(prefix)], tell)
+        named = ((layouts.name_on_disk(name, job.layout).removeprefix(prefix), tensor) for name, tensor in tensors)
+        (draft / part).mkdir(exist_ok=True)
+        if job.target.format is LLM_AWQ_V2 and part in ("llm", ""):
+            write_pickle(named, draft / part / f"model-w4-g{job.spec.group_size}-awq-v2.pt")
+        else:
+            write_safetensors(_as_one_layer(named) if _is_linear(job, part) else named, draft / part)
+
+
+def _is_linear(job: Job, part: str) -> bool:
+    return part == "mm_projector" and job.config.projector is not None and job.config.projector.type == "linear"
+
+
+def _as_one_layer(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """VILA's linear projector is one layer, not a list of them."""
+    return ((name.replace("layers.0.", "layers.", 1), tensor) for name, tensor in tensors)
+
+
+def _tensors(job: Job, names: list[str], tell: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in the target's format, one linear at a time in memory."""
+    packed = set(job.linears)
+    for name in names:
+        stem, _, end = name.rpartition(".")
+        if stem not in packed or end not in PARTS:
+            yield name, _with_rows(job, name, job.index.get(name))
+        elif end == PARTS[0]:
+            yield from ((f"{stem}.{part}", tensor) for part, tensor in _packed(job, stem).items())
+        tell()
+
+
+def _packed(job: Job, stem: str) -> dict[str, Tensor]:
+    found = to_logical(AwqGemm(*(job.index.get(f"{stem}.{part}") for part in PARTS)), job.spec)
+    try:
+        return job.target.format.pack(_with_scales(found, job.scales), job.spec)
+    except LayoutError as error:
+        raise ModelError(f"{stem} cannot be converted: {error}", "choose another format") from error
+
+
+def _with_scales(logical: Logical, dtype: torch.dtype | None) -> Logical:
+    """The scales in another type. Raises LayoutError where one of them changes."""
+    if dtype is None or dtype == logical.scale.dtype:
+        return logical
+    cast = logical.scale.to(dtype)
+    if changed := int((cast.double() != logical.scale.double()).sum()):
+        raise LayoutError(f"{changed} of {cast.numel()} scales are {logical.scale.dtype} and have no value in {dtype}")
+    return logical._replace(scale=cast)
+
+
+def _with_rows(job: Job, name: str, tensor: Tensor) -> Tensor:
+    """The embeddings and the head with rows for the image token: copies of a row that no answer has."""
+    if job.image is None or name not in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+        return tensor
+    more = job.image.vocab_size - tensor.shape[0]
+    row = job.image.filler
+    return torch.cat((tensor, tensor[row : row + 1].expand(more, -1))) if more > 0 else tensor
+
+
+def _write_files(job: Job, draft: Path) -> None:
+    tower = find_tower(job.folder, job.config) if job.config.layout == "llava" else None
+    for place, path in layouts.files_to_carry(job.folder, tower, job.layout == "vila").items():
+        if place.name != "processor_config.json" or job.layout == "llava_hf":
+            shutil.copyfile(path, draft / place)
+    quantization = layouts.quantization_config(job.target.format, job.spec, _spared(job))
+    if job.layout == "vila":
+        _write_vila_configs(job, draft, quantization)
+    else:
+        _write_root_config(job, draft, quantization)
+    if job.image is not None:
+        _write_words_of_pictures(job, draft, job.image)
+
+
+def _spared(job: Job) -> list[str]:
+    """The modules that stay in 16 bit, by their names on disk; linears of the decoder among them."""
+    linears = [match[1] for name in job.index.names() if (match := LINEAR.fullmatch(name))]
+    return [*SPARED[job.layout], *(layouts.name_on_disk(name, job.layout) for name in linears)]
+
+
+def _write_vila_configs(job: Job, draft: Path, quantization: Json | None) -> None:
+    said = {"quantization_config": quantization} if quantization else {}
+    for part in layouts.VILA_PARTS:
+        fields = layouts.part_config(job.config, part)
+        _write_json(draft / part / "config.json", {**fields, **said} if part == "llm" else fields)
+    if job.config.layout != "vila":
+        root = layouts.vila_config(job.config, job.dtype)
+    else:
+        root = _without_quantization(read_json(job.folder / "config.json"))
+        root |= {key: part for part, key in layouts.VILA_PARTS.items() if isinstance(root.get(key), dict)}
+    _write_json(draft / "config.json", {**root, **said})
+
+
+def _write_root_config(job: Job, draft: Path, quantization: Json | None) -> None:
+    said = {"quantization_config": quantization} if quantization else {}
+    if job.image is None:
+        root = _without_quantization(read_json(job.folder / "config.json"))
+    else:
+        head = any(name.startswith(HEAD) for name in job.index.names())
+        root = layouts.llava_config(job.config, job.image.id, job.image.vocab_size, head, job.dtype)
+    _write_json(draft / "config.json", {**root, **said})
+
+
+def _without_quantization(root: Json) -> Json:
+    """A config that says nothing of it, at no level."""
+    kept = {key: value for key, value in root.items() if key not in ("quantization_config", "compression_config")}
+    return {key: _without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _write_words_of_pictures(job: Job, draft: Path, image: ImageToken) -> None:
+    """What a processor of transformers reads, and a tokenizer that has the image token."""
+    from tokenizers import AddedToken
+
+    words = Processor.from_folder(job.folder, job.config)
+    tokenizer, pictures = cast("Any", words.tokenizer), cast("Any", words.image_processor)
+    if tokenizer.get_added_vocab().get(job.config.image_token) != image.id:
+        tokenizer.add_tokens([AddedToken(job.config.image_token, special=True, normalized=False)])
+        tokenizer.save_pretrained(draft)
+    stored = draft / layouts.OF_PICTURES[0]
+    raw = read_json(stored) if stored.is_file() else pictures.to_dict()
+    _write_json(stored, layouts.preprocessor_config(raw, job.config))
+    _write_json(draft / "processor_config.json", layouts.processor_config(job.config))
+
+
+def _write_json(path: Path, value: Json) -> None:
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
