@@ -215,8 +215,8 @@ def command(capfd: pytest.CaptureFixture[str], *args: object) -> tuple[int, str,
 
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     source = packed_folder(tmp_path / "source", GPTQ)
-    code, out, err = command(capfd, source, tmp_path / "out", "--to", "awq-gemm", "--json", "--scales", "fp16")
-    assert code == 0 and err.startswith("loading ")
+    code, out, _ = command(capfd, source, tmp_path / "out", "--to", "awq-gemm", "--json", "--scales", "fp16")
+    assert code == 0
     json_keys.check(json.loads(out), "tinychat.convert/1")
     code, out, _ = command(capfd, source, tmp_path / "again", "--to", "compressed-tensors")
     assert code == 0

@@ -161,20 +161,24 @@ def _entry(path: Path, key: str, row: Mapping[str, Any]) -> Entry:
 
 
 def _pickle_entries(path: Path) -> dict[str, Entry]:
-    return {key: Entry(path, key, tuple(tensor.shape), tensor.dtype) for key, tensor in _unpickled(path).items()}
+    return {key: Entry(path, key, tuple(tensor.shape), tensor.dtype) for key, tensor in _tensors_of(path).items()}
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """A pickle's tensors, mapped where it is a zip file. Raises FormatError where it needs more than tensors."""
+def unpickled(path: Path) -> Any:
+    """What a pickle holds, mapped where it is a zip file. Raises FormatError where it needs more than tensors."""
     try:
         with warnings.catch_warnings():  # about old protocols: whether they can be read is answered below
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         message = f"{path.name} needs more than tensors to be read (torch's weights_only refuses it)"
         raise FormatError(message, "convert it to safetensors where you trust it") from error
     except UNPICKLING as error:
         raise FormatError(f"{path.name} is not a PyTorch file that can be read ({error!r:.200})", AGAIN) from error
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    content = unpickled(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise FormatError(f"{path.name} holds something else than named tensors", "give a state dict")
@@ -187,7 +191,7 @@ def open_reader(path: Path) -> Reader:
             return safe_open(path, framework="pt").get_tensor
         except SafetensorError as error:
             raise FormatError(f"{path} cannot be read ({error})", AGAIN) from error
-    return _unpickled(path).__getitem__
+    return _tensors_of(path).__getitem__
 
 
 def fault(message: str) -> FormatError:
