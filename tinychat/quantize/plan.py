@@ -27,6 +27,7 @@ WORDS_SLACK = 64 * 2**20  # what is imported on the way, and the allocator's sla
 COPIES = 4.5  # of a layer in float32: as it came, installed, rounded in two ways, and as tensors for the disk
 LARGEST = 4.0  # further copies of its largest linear, while rounding it is tried
 ROUNDINGS = 8.0  # of a layer's weights, besides those of the grids: the cost of stand-ins and errors
+SUMMED = 0.3  # of a layer's weights are judged by sums over the tokens at each step of the grid
 FREE_SHARE = 0.9  # of the free memory may be used where --max-ram does not say
 COPIED = 4  # pieces of a tensor at once, as it is copied
 TABLES = 4 * 2**20  # bytes of the manifest, configs and the log
@@ -217,13 +218,13 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     if data is None:
         return spent + weights * _timed(_rounding, job.device)
     options = job.search_options()
+    grid, clips = options.scale_grid * (1 + options.duo), (options.clip_grid * options.max_shrink + 1) * options.clip
     tokens, sample = sum(data.lengths), min(sum(data.lengths), options.loss_tokens or 2**62)
-    passes = tokens * (2 + options.propagate) + sample * (options.scale_grid * (1 + options.duo) + 2)
-    sums = tokens * source.layers * 2 * source.config.text.hidden_size * options.sketch_rows
-    grids = options.scale_grid * (1 + options.duo) + (options.clip_grid * options.max_shrink + 1) * options.clip
-    rounds = weights * (grids + ROUNDINGS) * _timed(_rounding, job.device)
-    products = 2 * weights * passes + 2 * sums + _vision_flops(source, data)
-    return spent + products * _timed(_product, job.device) + rounds
+    passes = tokens * (2 + options.propagate) + sample * (grid + 2)
+    sums = options.sketch_rows * (2 + SUMMED * grid) + max(job.spec.group_size, 32) * clips
+    products = 2 * weights * (passes + sums) + _vision_flops(source, data)
+    rounds = weights * (grid + clips + ROUNDINGS)
+    return spent + products * _timed(_product, job.device) + rounds * _timed(_rounding, job.device)
 
 
 def _vision_flops(source: Source, data: Data) -> int:
