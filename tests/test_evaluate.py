@@ -71,8 +71,19 @@ def test_a_quantized_model_beside_its_base(tmp_path: Path, capsys: pytest.Captur
     assert models["quantized"]["divergence"]["all"]["kl"]["value"] > 0
     assert [sentence.partition(" is ")[0] for sentence in found["failed"]] == ["top1"]
     assert "--fail-under: top1 is 0." in err and "it must be at least 1.01" in err
+    assert found["card"]["facts"] == {"method": "awq"}
     assert json.loads((folder / "quality.json").read_text("utf-8")) == found["card"]
     assert "AWQ 4 bit" in (folder / "README.md").read_text("utf-8")
+
+
+def test_the_quantizer_s_notes_are_the_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_tiny_model(tmp_path / "m", "text", hidden_size=128, quantize=64)
+    notes = {"options": {"method": "awq"}, "fallbacks": [1], "calibration": {"sha256": "0f"}, "layers": [{}]}
+    (folder / "quantize.json").write_text(json.dumps(notes))
+    assert main(["eval", str(folder), "--tasks", "ppl", "--seqlen", "64", "--json"]) == 0
+    card = json.loads(capsys.readouterr().out)["card"]
+    assert card["facts"] == {name: notes[name] for name in ("options", "calibration", "fallbacks")}
+    assert card["models"]["quantized"]["title"] == "AWQ 4 bit" and list(card["models"]) == ["quantized"]
 
 
 def test_a_corrupted_model_fails_the_gate_that_it_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

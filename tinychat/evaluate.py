@@ -109,8 +109,9 @@ def _measured_card(job: Job, open_engine: Open, note: Note) -> tuple[Card, list[
     source = _source(job.model, job.revision)
     if job.flags.card:
         _check_folder(job, source.folder)
-    facts = page.facts_of(source.folder) or {"quantization": asdict(source.spec) if source.spec else "none"}
-    quantized = Subject(_title(source, str(facts.get("method", ""))), lambda: open_engine(job.model))
+    facts = _facts(source)
+    method = facts.get("method") or dict(facts.get("options") or {}).get("method") or ""
+    quantized = Subject(_title(source, str(method)), lambda: open_engine(job.model))
     base, nearest = _others(job, source, open_engine)
     card = make_card(base, quantized, nearest, plan=_plan(job, source), facts=facts, report=note)
     lines: list[str] = []
@@ -128,6 +129,15 @@ def _source(model: str | None, revision: str | None = None) -> Source:
     from tinychat import load
 
     return load.open_source(load.resolve(model, revision))
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """What `tinychat quantize` noted in the folder, else the facts of its card, else what the config says."""
+    from tinychat.quantize.facts import FACTS, for_card
+
+    if (source.folder / FACTS).is_file():
+        return for_card(source.folder)
+    return page.facts_of(source.folder) or {"quantization": asdict(source.spec) if source.spec else "none"}
 
 
 def _check_folder(job: Job, folder: Path) -> None:
