@@ -102,7 +102,7 @@ def test_an_inspected_modules_scale_is_the_papers(inspect: str) -> None:
     block, run = decoder_block("llama", loud=12.0)
     group = next(group for group in recipe_for("llama").groups if group.inspect == inspect)
     linears = {name: block.get_submodule(name) for name in group.linears}
-    inputs = sequences(30, 21)
+    inputs = sequences(1, 30, 21)
     seen: list[Tensor] = []
     hook = next(iter(linears.values())).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     sums = Moments(64, 32, 1024, 0, torch.device("cpu"))
