@@ -92,3 +92,13 @@ def as_pickle(folder: Path, name: str = "model-w4-awq.pt") -> Path:
     (home / "model.safetensors").unlink()
     set_quantization(folder, None)
     return folder
+
+
+def without_zero_points(folder: Path) -> Path:
+    """A compressed-tensors folder made symmetric: its groups' zero is in the middle, and no tensor says it."""
+    home = weights_of(folder)
+    tensors = load_file(home / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("zero_point")}
+    save_file(kept, home / "model.safetensors")
+    set_quantization(folder, compressed(QuantSpec(group_size=32, zero_point=False)))
+    return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_folders import as_pickle, packed_folder, weights_of
+from packed_folders import as_pickle, packed_folder, weights_of, without_zero_points
 from safetensors.torch import load_file, save_file
 
 from tinychat.checkpoint import write_safetensors
@@ -75,13 +75,7 @@ def test_a_linear_may_lie_across_two_shards(tmp_path: Path, format: Format):
 
 
 def test_symmetric_compressed_tensors_have_no_zero_points(tmp_path: Path):
-    folder = packed_folder(tmp_path, COMPRESSED_TENSORS)
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("zero_point")}
-    save_file(kept, folder / "model.safetensors")
-    raw = json.loads((folder / "config.json").read_text())
-    raw["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
-    (folder / "config.json").write_text(json.dumps(raw))
+    folder = without_zero_points(packed_folder(tmp_path, COMPRESSED_TENSORS))
     linear = load_model(folder, device="cpu").llm.model.layers[0].mlp.up_proj
     assert (linear.logical().zero == 8).all()
 
