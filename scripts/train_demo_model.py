@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from demo_export import export
+from demo_export import add_scores, export
 from demo_tokenizer import build_tokenizer
 from tinychat.config import VilaConfig
 from tinychat.eval.demo import CLASSES, GRID, IMAGE_SIZE, PATCH, Sample, sample_at
@@ -306,7 +306,8 @@ def main() -> int:
         state.load(args.run / "checkpoint.pt")
         print(f"resumed after {state.seen} samples", flush=True)
     if args.export:
-        export(state.model, tokenizer, args.export, f"{state.seen} dialogues", args.per_task)
+        export(state.model, tokenizer, args.export, args.run, f"{state.seen:,} dialogues")
+        add_scores(args.export, args.run, args.per_task)
         return 0
     train(state, encoder, args)
     return 0

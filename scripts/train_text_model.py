@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def plant_outliers(model: PreTrainedModel, count: int, factor: float) -> None:
     chance = torch.Generator().manual_seed(1)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        pairs: list[tuple[nn.Module, list[nn.Linear]]] = [
+        pairs: list[tuple[Any, list[nn.Linear]]] = [
             (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
             (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
             (mlp.up_proj, [mlp.down_proj]),

@@ -18,24 +18,12 @@ from tinychat.core import Finished, Image, Message, Request, Text
 from tinychat.engine.engine import Engine
 from tinychat.eval.demo import TASKS, correct, draw_samples
 from tinychat.eval.demo.showcase import QUESTIONS, Question
-from tinychat.load import EMBEDDED, load
+from tinychat.load import EMBEDDED, load, quant_spec
+from tinychat_kernels.layout import QuantSpec
 
 SAMPLES = EMBEDDED.parent / "samples"
 LARGEST = 12 * 10**6
 FLOAT_PARAMETERS = 4 * 10**6
-NOT_LEARNED = (  # strict: a better model makes these tests fail until the line goes
-    "What colour is the circle?",
-    "Which shape is the largest?",
-    "Where is the yellow star?",
-    "How many circles are there?",
-    "What colour is the heart?",
-    "Is the heart left of the cross?",
-    "What word is written?",
-    "Describe the picture.",
-    "Which bar is the tallest?",
-    "Which picture has more shapes?",
-)
-
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
@@ -47,7 +35,7 @@ def engine() -> Engine:
 def test_it_is_small_and_quantized() -> None:
     assert sum(path.stat().st_size for path in EMBEDDED.parent.rglob("*") if path.is_file()) <= LARGEST
     config = read_config(EMBEDDED)
-    assert config.quantization_config["quant_method"] == "awq"
+    assert quant_spec(config) == QuantSpec(bits=4, group_size=128, zero_point=True)
     index = open_model(EMBEDDED, config.layout)
     floats = [name for name in index.names() if not name.endswith((".qweight", ".qzeros", ".scales"))]
     assert sum(math.prod(index.shape(name)) for name in floats) <= FLOAT_PARAMETERS
@@ -67,12 +55,7 @@ def name(question: Question) -> str:
     return f"{'+'.join(question.pictures)}-{question.task}"
 
 
-def case(question: Question) -> object:
-    wrong = pytest.mark.xfail(strict=True, reason="not learned in 130,000 dialogues; the card has the shares")
-    return pytest.param(question, id=name(question), marks=[wrong] if question.question in NOT_LEARNED else [])
-
-
-@pytest.mark.parametrize("question", [case(question) for question in QUESTIONS])
+@pytest.mark.parametrize("question", QUESTIONS, ids=name)
 def test_it_answers_about_the_samples(engine: Engine, question: Question) -> None:
     parts = (*(Image(path=str(SAMPLES / picture)) for picture in question.pictures), Text(question.question))
     *_, end = engine.run([Request("r", (Message("user", parts),))])

@@ -13,7 +13,7 @@ from PIL import Image as Pictures
 from transformers import PreTrainedTokenizerFast
 
 import train_demo_model as training
-from demo_export import PREPROCESSOR, export
+from demo_export import PREPROCESSOR, add_scores, export
 from demo_tokenizer import build_tokenizer
 from tinychat.core import Image, Message, Request, Text
 from tinychat.eval.demo import TASKS, Sample, sample_at
@@ -91,7 +91,14 @@ def test_patches_begin_with_their_place(tokenizer: PreTrainedTokenizerFast) -> N
     assert likeness[0, 1] > likeness[0, 4] and likeness[0, 8] > likeness[0, 32]
     tower = training.new_state(tokenizer, "cpu").model.vision_tower
     assert tower is not None
-    assert torch.allclose(tower.vision_model.embeddings.position_embedding.weight[1:], 0.2 * table)
+    assert torch.allclose(tower.vision_model.embeddings.position_embedding.weight[1:], 0.4 * table)
+
+
+def test_words_begin_as_loud_as_what_is_added_to_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = training.new_state(tokenizer, "cpu").model
+    assert abs(float(model.get_input_embeddings().weight.detach().std()) - 1) < 0.02
+    linear = model.llm.model.layers[0].mlp.down_proj.weight.detach()
+    assert abs(float(linear.std()) * (3 * linear.shape[1]) ** 0.5 - 1) < 0.02
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
@@ -129,10 +136,12 @@ def test_a_training_in_two_parts_is_the_same_training(
 @pytest.mark.slow
 def test_export_writes_a_folder_that_loads_and_a_card(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     state = training.new_state(tokenizer, "cpu")
-    export(state.model, tokenizer, tmp_path, "nothing", 1)
-    model, processor = load(tmp_path / "model", device="cpu")
+    out, work = tmp_path / "out", tmp_path / "work"
+    export(state.model, tokenizer, out, work, "nothing")
+    add_scores(out, work, 1)
+    model, processor = load(out / "model", device="cpu")
     assert model.config.quantization_config["quant_method"] == "awq"
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
-    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    card = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert all(f"\n| {task} | " in card for task in TASKS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "samples"]
+    assert sorted(path.name for path in out.iterdir()) == ["model", "samples"]
