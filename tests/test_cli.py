@@ -91,7 +91,7 @@ def test_help_lists_what_works_and_nothing_else(run: Run):
     code, out, _ = run("--help")
     assert code == 0
     verbs = re.findall(r"^  ([a-z]+) {2,}", out.partition("Commands:")[2], re.M)
-    assert verbs == ["chat", "ask", "bench", "eval", "doctor"]
+    assert verbs == ["chat", "ask", "bench", "eval", "quantize", "convert", "doctor"]
 
 
 def test_no_verb_shows_the_help(run: Run):

@@ -263,7 +263,7 @@ def test_modules_not_to_convert_stay_float(tmp_path, spared):
     [
         ({"quant_method": "gptq", "desc_act": True}, "GPTQ weights in activation order (desc_act); take one"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "quantized with gptq/marlin, which is not supported"),
-        ({"quant_method": "gptq"}, "_proj is not as the quantization_config says: g_idx is missing"),
+        ({"quant_method": "gptq"}, "_proj is not as the quantization_config says: qzeros has shape"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantized with bitsandbytes, which is not supported"),
         ({"version": "marlin"}, "quantized with awq/marlin, which is not supported; take a checkpoint in one of 4-bit"),
         ({"version": "gemv"}, "_proj is not as the quantization_config says: qzeros has shape"),
