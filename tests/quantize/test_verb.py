@@ -64,6 +64,15 @@ def test_a_dry_run_says_that_it_does_not_fit(model, tmp_path, capfd):
     assert "1.0 MiB are allowed or free" in out and "error: " in err
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """A process that a shell starts in the background ignores SIGINT; one in a terminal does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_cut_off_it_says_how_to_go_on(model, tmp_path, capfd, monkeypatch, number):
     out = tmp_path / "the out"
