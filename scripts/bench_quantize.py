@@ -6,7 +6,7 @@
 MODEL is a 16-bit folder: tinychat's embedded kind (held-out dialogues about pictures), or a text model of
 scripts/train_text_model.py (held-out modules of Python's library). Each quantizer is a process of its own, whose wall
 time and peak memory are taken. Against the 16-bit model: KL divergence in nats a token with a bootstrap 95 % interval
-over sequences, and perplexity. `--peer` is the Python of an environment that has gptqmodel (4 bits, text models).
+over sequences, and perplexity. `--peer` is the Python of an environment that has gptqmodel, which reads text alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rich.table import Table
 from tinychat.core import Request, StoppingParams, Text
 from tinychat.engine.engine import Engine
 from tinychat.eval import divergence
+from tinychat.eval.demo import sample_at
 from tinychat.eval.divergence import Held
 from tinychat.eval.heldout import Item, heldout
 from tinychat.eval.perplexity import answer_perplexity, perplexity, text_ids
@@ -39,16 +40,19 @@ from train_text_model import library_text
 
 WINDOW = 256  # tokens of a text sequence, which are bytes
 RESAMPLES = 2000
+PEER_NAME = "gptqmodel"
 PEER = Path(__file__).with_name("peer_gptqmodel.py")
 
 
 @dataclass(frozen=True)
 class Data:
-    """Held-out sequences and the text for perplexity (None: that of the right answers), and calibration flags."""
+    """Held-out sequences and the text for perplexity (None: that of the right answers), our calibration flags, and
+    the same words, as far as they are words, for a peer: a file of {"text": ...}."""
 
     items: tuple[Item, ...]
     text: str | None
     calibration: tuple[str, ...]
+    words: Path
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,23 @@ def text_data(samples: int, folder: Path) -> Data:
         for i, window in enumerate(windows)
     )
     seen = library_text(held_out=False)
-    rows = [json.dumps({"text": seen[at : at + 2 * WINDOW]}) for at in range(0, len(seen), len(seen) // 64)][:64]
     path = folder / "calibration.jsonl"
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return Data(items, text[: samples * WINDOW], ("--calib", str(path), "--calib-samples", "64"))
+    write_texts(path, [seen[at : at + 2 * WINDOW] for at in range(0, len(seen), len(seen) // 64)][:64])
+    return Data(items, text[: samples * WINDOW], ("--calib", str(path), "--calib-samples", "64"), path)
 
 
-def demo_data(samples: int) -> Data:
-    """Held-out dialogues; calibration is the generated set."""
-    return Data(tuple(heldout("demo").items(samples)), None, ())
+def demo_data(samples: int, folder: Path) -> Data:
+    """Held-out dialogues; we calibrate on the generated set, a peer that reads text alone on dialogues without
+    pictures."""
+    turns = [turn for i in range(256) for turn in sample_at("train", i, 0, 0).turns]
+    path = folder / "calibration.jsonl"
+    write_texts(path, [" ".join(f"{turn.question} {turn.answer}" for turn in turns[i::64]) for i in range(64)])
+    return Data(tuple(heldout("demo").items(samples)), None, (), path)
+
+
+def write_texts(path: Path, texts: Sequence[str]) -> None:
+    """A line {"text": ...} each."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 class Yardstick:
@@ -126,31 +138,43 @@ def timed(command: Sequence[str]) -> tuple[float, float]:
 
 
 def commands(model: Path, out: Path, bits: int, group: int, args: argparse.Namespace, data: Data) -> Iterator[Any]:
-    """(name, command) of every quantizer that can do this."""
+    """(name, command) of every quantizer."""
     ours = [sys.executable, "-m", "tinychat", "quantize", str(model), str(out), "--bits", str(bits)]
     ours += ["--group-size", str(group), "--plain", "--pseudo"]
     yield "rtn", [*ours, "--method", "rtn"]
     yield "awq", [*ours, *data.calibration]
     for option in args.search:
         yield f"awq {option}", [*ours, *data.calibration, *(f"--{name}" for name in option.split("+"))]
-    if args.peer and bits == 4 and data.calibration:
-        yield "gptqmodel", [args.peer, str(PEER), str(model), str(out), data.calibration[1], "--group", str(group)]
+    if args.peer:
+        decoder, made = (model / "llm", out / "llm") if (model / "llm").is_dir() else (model, out)
+        named = [args.peer, str(PEER), str(decoder), str(made), str(data.words)]
+        yield PEER_NAME, [*named, "--bits", str(bits), "--group", str(group)]
 
 
 def results(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     """Every quantizer on every model, the 16-bit model first."""
     for model in args.models:
-        demo = (model / "llm").is_dir()
-        data = demo_data(args.samples) if demo else text_data(args.samples, folder)
+        data = (demo_data if (model / "llm").is_dir() else text_data)(args.samples, folder)
         stick = Yardstick(model, data)
         yield Result(model.name, 16, 0, "16 bit", np.zeros(len(data.items)), stick.perplexity, 0, 0)
         for bits in args.bits:
             for group in args.groups:
                 for name, command in commands(model, folder / "out", bits, group, args, data):
                     seconds, peak = timed(command)
+                    if name == PEER_NAME:
+                        complete(model, folder / "out")
                     kl, found = stick.measure(folder / "out")
                     shutil.rmtree(folder / "out")
                     yield Result(model.name, bits, group, name, kl, found, seconds, peak)
+
+
+def complete(model: Path, made: Path) -> None:
+    """Add what a decoder alone lacks: the rest of the source's folder."""
+    for path in model.iterdir():
+        if path.is_dir() and not (made / path.name).exists():
+            shutil.copytree(path, made / path.name)
+        elif path.is_file() and (model / "llm").is_dir():
+            shutil.copyfile(path, made / path.name)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -192,9 +216,13 @@ def draw(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def numbers(text: str) -> list[int]:
+    """Numbers with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL")
     parser.add_argument("--bits", type=numbers, default=[4, 3])
     parser.add_argument("--groups", type=numbers, default=[128, 64])

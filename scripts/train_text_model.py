@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a small text model on Python's own library, with or without outlier channels: something to quantize.
 
-    scripts/train_text_model.py OUT [--arch llama|qwen2] [--minutes 3] [--outliers 4] [--factor 40]
+    scripts/train_text_model.py OUT [--arch llama|qwen2] [--minutes 3] [--outliers 4] [--factor 40] [--start TRAINED]
 
 A random model tells nothing about quantization; this one has learned something, so that its perplexity can suffer.
 Outlier channels (few channels of a decoder's activations are far larger than the rest: arXiv 2208.07339) appear in
@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from make_tiny_model import tokenizer
 
@@ -93,18 +100,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write, in transformers' layout")
     parser.add_argument("--arch", choices=("llama", "qwen2"), default="llama")
+    parser.add_argument("--start", type=Path, metavar="TRAINED", help="take this folder's model as it is, untrained on")
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--outliers", type=int, default=0, help="loud channels of each linear's inputs")
     parser.add_argument("--factor", type=float, default=40.0, help="how much louder they are (%(default)s)")
     args = parser.parse_args()
-    model, words = new_model(args.arch), tokenizer(image=False)
-    ids = torch.tensor(words(library_text(held_out=False), verbose=False)["input_ids"])
-    loss = train(model, ids, args.minutes)
+    words = tokenizer(image=False)
+    if args.start:
+        model, said = AutoModelForCausalLM.from_pretrained(args.start, dtype=torch.float32), f"from {args.start}"
+    else:
+        model = new_model(args.arch)
+        ids = torch.tensor(words(library_text(held_out=False), verbose=False)["input_ids"])
+        said = f"loss {train(model, ids, args.minutes):.3f} nats a byte after {args.minutes:g} minutes"
     if args.outliers:
         plant_outliers(model, args.outliers, args.factor)
     model.save_pretrained(args.out)
     words.save_pretrained(args.out)
-    print(f"wrote {args.out}: loss {loss:.3f} nats a byte after {args.minutes:g} minutes", file=sys.stderr)
+    print(f"wrote {args.out}: {said}", file=sys.stderr)
     return 0
 
 
