@@ -1,0 +1,30 @@
+// A word that threads wait on: they look at it for a while, then sleep until it changes.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+namespace tinychat {
+
+class Gate {
+  public:
+    uint32_t value() const { return word_.load(std::memory_order_acquire); }
+
+    // Returns once the value is another than `old`.
+    void wait_while(uint32_t old, std::chrono::nanoseconds spin) {
+        if (!spin_while(old, spin)) sleep_while(old);
+    }
+
+    // Changes the value and wakes who sleeps.
+    void advance();
+
+  private:
+    bool spin_while(uint32_t old, std::chrono::nanoseconds limit) const;
+    void sleep_while(uint32_t old);
+
+    alignas(64) std::atomic<uint32_t> word_{0};
+    alignas(64) std::atomic<int> sleepers_{0};
+};
+
+}  // namespace tinychat
