@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinychat.errors import ModelError, TinychatError, UsageError
 from tinychat.eval import gate, page, report
 from tinychat.eval.card import Card, CardPlan, Subject, make_card
+from tinychat.eval.heldout import speaks_demo
 
 if TYPE_CHECKING:
     from tinychat.engine.engine import Engine
@@ -160,7 +161,6 @@ def _title(source: Source, method: str = "") -> str:
 def _plan(job: Job, source: Source) -> CardPlan:
     """The held-out set is the one asked for, else the demo's own for models with its vocabulary."""
     from tinychat.inputs.processor import Processor
-    from tinychat.quantize.calibration import speaks_demo
 
     flags = job.flags
     processor = Processor.from_folder(source.folder, source.config)

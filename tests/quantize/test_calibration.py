@@ -14,7 +14,7 @@ from tinychat.core import Image, Message, Request, Text
 from tinychat.errors import FormatError, MediaError, TinychatError, UsageError
 from tinychat.inputs.processor import Processor, Prompt
 from tinychat.load import EMBEDDED
-from tinychat.quantize.calibration import GENERATED, QUESTION, gather, speaks_demo
+from tinychat.quantize.calibration import GENERATED, QUESTION, gather
 from tinychat.quantize.job import Calibration
 
 EOS = 258
@@ -118,10 +118,9 @@ def test_generated_data_suits_the_model(sees, reads):
     assert not text.pictures and len(set(text.prompts)) == 8 and text.lengths == (64,) * 8
 
 
-def test_the_embedded_model_is_calibrated_on_its_own_dialogues(sees, reads):
+def test_the_embedded_model_is_calibrated_on_its_own_dialogues():
     config = read_config(EMBEDDED)
     processor = Processor.from_folder(EMBEDDED, config)
-    assert [speaks_demo(one) for one in (processor, sees, reads)] == [True, False, False]
     data = gather(Calibration(samples=6), processor)
     assert data.pictures > 2 and all(prompt.ids[-1] in processor.stop_ids for prompt in data.prompts)
 

@@ -15,7 +15,9 @@ from tinychat.core import Image, Message, Request, StoppingParams, Text
 from tinychat.errors import UsageError
 from tinychat.eval import prose
 from tinychat.eval.demo import sample_at
+from tinychat.eval.demo.dialogues import template_words
 from tinychat.eval.tasks import messages, png
+from tinychat.inputs.processor import Processor
 
 Kind = Literal["text", "pictures"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -58,6 +60,16 @@ def heldout(name: str) -> Heldout:
     if name not in SETS:
         raise UsageError(f"there is no held-out set {name!r}", f"the sets are {', '.join(SETS)}")
     return SETS[name]
+
+
+def speaks_demo(processor: Processor) -> bool:
+    """Whether the vocabulary is that of the generated dialogues: its long tokens are their words, and no others."""
+    known = template_words()
+    special = set(processor.tokenizer.get_added_vocab())
+    tokens = (token for token in processor.tokenizer.get_vocab() if token not in special)
+    words = {token.strip("\u0120\u2581 ").lower() for token in tokens if token.strip("\u0120\u2581 ").isalpha()}
+    long = {word for word in words if len(word) > 3}
+    return bool(long) and bool(processor.tokens_per_image) and len(long - known) <= len(long) // 20
 
 
 def fingerprint(items: Iterable[Item]) -> str:

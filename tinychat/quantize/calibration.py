@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from tinychat.core import Image, Message, Part, Request, Text
 from tinychat.errors import FormatError, UsageError
+from tinychat.eval.demo import Sample, sample_at
+from tinychat.eval.heldout import speaks_demo
 from tinychat.inputs.processor import Processor, Prompt
 from tinychat.quantize.job import Calibration
 from tinychat.quantize.prose import prose
-
-if TYPE_CHECKING:
-    from tinychat.eval.demo import Sample
 
 Draft = Callable[[], Prompt]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -152,10 +151,7 @@ def _jsonl(path: Path, processor: Processor) -> Iterator[Draft]:
             else:
                 yield _dialogue(processor, _messages(row, path.parent))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            remedy = (
-                'write {"text": ...} or {"messages": [{"role": ..., "content": ...}], "images": [...]} on each line'
-            )
-            raise FormatError(f"{path}, line {number} is not a calibration sample ({error!r:.120})", remedy) from error
+            raise FormatError(f"{path}, line {number} is not a calibration sample ({error!r:.120})", ROWS) from error
 
 
 def _messages(row: dict[str, Any], folder: Path) -> tuple[Message, ...]:
@@ -231,22 +227,8 @@ def _generated(wanted: Calibration, processor: Processor, share: int) -> Iterato
             yield random.Random(f"{wanted.seed}/{i}").choice(windows)
 
 
-def speaks_demo(processor: Processor) -> bool:
-    """Whether the vocabulary is that of the generated dialogues: its long tokens are their words, and no others."""
-    from tinychat.eval.demo.dialogues import template_words
-
-    known = template_words()
-    special = set(processor.tokenizer.get_added_vocab())
-    tokens = (token for token in processor.tokenizer.get_vocab() if token not in special)
-    words = {token.strip("\u0120\u2581 ").lower() for token in tokens if token.strip("\u0120\u2581 ").isalpha()}
-    long = {word for word in words if len(word) > 3}
-    return bool(long) and bool(processor.tokens_per_image) and len(long - known) <= len(long) // 20
-
-
 def _demo(processor: Processor, index: int, seed: int, pictures: int | None) -> Draft:
     def draft() -> Prompt:
-        from tinychat.eval.demo import sample_at
-
         return _dialogue(processor, _told(sample_at("train", index, seed, pictures)))()
 
     return draft
