@@ -1,0 +1,79 @@
+"""Int8Linear: what it holds, what it computes, and what it stands for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tinychat.layers.int8_linear import Int8Linear
+from tinychat_kernels.errors import KernelError, LayoutError
+
+
+def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(64, 24, bias=bias).to(dtype)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_float_linear_is_rounded_to_the_nearest(dtype: torch.dtype, bias: bool) -> None:
+    plain = linear(dtype, bias)
+    ours, x = Int8Linear.from_linear(plain), noise(2, 3, 64).to(dtype)
+    expected, found = plain(x).detach().double(), ours(x)
+    assert found.dtype == dtype and found.shape == (2, 3, 24)
+    assert 1e-4 < float((found.double() - expected).norm() / expected.norm()) < 2e-2
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_names_shapes_and_dtypes_are_those_on_disk() -> None:
+    state = Int8Linear.from_linear(linear(torch.float16)).state_dict()
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == {
+        "weight": ((24, 64), torch.int8),
+        "weight_scale": ((24, 1), torch.float32),
+        "bias": ((24,), torch.float16),
+    }
+    assert set(Int8Linear(64, 24, bias=False).state_dict()) == {"weight", "weight_scale"}
+
+
+def test_an_empty_one_takes_a_state_dict() -> None:
+    full, empty = Int8Linear.from_linear(linear()), Int8Linear(64, 24)
+    empty.load_state_dict(full.state_dict())
+    assert torch.equal(empty(noise(1, 64)), full(noise(1, 64)))
+
+
+def test_the_float_linear_that_it_stands_for() -> None:
+    ours = Int8Linear.from_linear(linear())
+    back = ours.to_linear(torch.bfloat16)
+    assert back.weight.dtype == back.bias.dtype == torch.bfloat16
+    wide = ours.to_linear(torch.float32)
+    torch.testing.assert_close(wide.weight, linear().weight, atol=float(ours.weight_scale.max()) * 0.51, rtol=0)
+    again = Int8Linear.from_linear(wide)
+    assert torch.equal(again.weight, ours.weight)
+
+
+def test_a_cast_leaves_the_integers_alone() -> None:
+    before = Int8Linear.from_linear(linear())
+    after = copy.deepcopy(before).to(torch.bfloat16)
+    assert torch.equal(after.weight, before.weight) and after.bias.dtype == torch.bfloat16
+    assert after(noise(1, 64).bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_cannot_be_held_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = linear()
+    wrong.weight.data[0, 0] = float("nan")
+    with pytest.raises(LayoutError, match="holds NaN or Inf values"):
+        Int8Linear.from_linear(wrong)
+    monkeypatch.setenv("TINYCHAT_BACKEND", "nowhere")
+    with pytest.raises(KernelError, match="there is no backend 'nowhere'"):
+        Int8Linear(64, 24)(noise(1, 64))
+
+
+def test_it_says_what_it_is() -> None:
+    assert repr(Int8Linear(64, 24)) == "Int8Linear(64, 24, bias=True)"

@@ -1,0 +1,57 @@
+"""A linear layer with 8-bit weights, whose inputs are rounded to 8 bits as they come."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tinychat_kernels import registry
+from tinychat_kernels.int8 import Int8, dequantize_rows, quantize_rows
+
+
+class Int8Linear(nn.Module):
+    """x `[..., K]` -> `[..., N]`; the buffers are compressed-tensors' int-quantized ones, bit for bit as on disk."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("weight", torch.zeros((out_features, in_features), dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.zeros((out_features, 1)))
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    @property
+    def packed(self) -> Int8:
+        return Int8(cast("Tensor", self.weight), cast("Tensor", self.weight_scale)[:, 0])
+
+    def load_packed(self, packed: Int8) -> None:
+        """Take over quantized weights; the bias stays."""
+        self.weight, self.weight_scale = packed.weight, packed.scale[:, None]
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Int8Linear:
+        """Round a float linear to the nearest. Raises LayoutError for NaN and Inf."""
+        out = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        out.load_packed(quantize_rows(linear.weight.detach()))
+        if linear.bias is not None:
+            out.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return out
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """The float linear that this one stands for: 2 to 4 bytes a weight instead of one."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, dtype=dtype)
+        linear.weight = nn.Parameter(dequantize_rows(self.packed, dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        out = registry.pick("w8a8_linear")(flat, self.packed, self.bias)
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
