@@ -28,7 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
     "tinychat.hub": {"tinychat.config", "tinychat.errors"},
     "tinychat.layouts": {"tinychat.config", "tinychat.errors", "tinychat_kernels"},
     "tinychat.pickled": set(),
-    "tinychat.search_results": {"tinychat.checkpoint", "tinychat.weight_files", "tinychat.errors"},
+    "tinychat.search_results": {
+        "tinychat.checkpoint", "tinychat.weight_files", "tinychat.errors", "tinychat_kernels.errors", LAYOUT,
+    },
     "tinychat.layers": {"tinychat_kernels", "tinychat.errors"},
     "tinychat.models": {"tinychat.layers", "tinychat.config", "tinychat.checkpoint", "tinychat.errors"},
     "tinychat.inputs": {"tinychat.core", "tinychat.config", "tinychat.errors"},

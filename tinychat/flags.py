@@ -256,6 +256,10 @@ class QuantizeFlags:
     ] = False
     scale_grid: Annotated[int, typer.Option(help="Scales tried.", min=1)] = 20
     loss_tokens: Annotated[int, typer.Option(help="Tokens that judge a scale.", min=1)] = 2048
+    search_results: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Scale and clip as a .pt file of llm-awq's --dump_awq says; search nothing."),
+    ] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU where there is one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from tinychat.layers.attention import Span
 from tinychat.layers.rotary import cos_sin
 from tinychat.models.llama import DecoderLayer
 from tinychat.quantize.job import Job, Source
+from tinychat.search_results import apply_search
 from tinychat_kernels import layout
-from tinychat_kernels.errors import LayoutError
-from tinychat_kernels.layout import Logical, QuantSpec
+from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec
 
 SEEDS_APART = 1_000_003  # so that the layers of two seeds share none
 
@@ -66,12 +66,10 @@ def to_nearest(
     job: Job, blocks: Blocks, block: DecoderLayer, i: int, inputs: Sequence[Tensor], emit: Emit
 ) -> Quantized:
     """Round to the nearest: looks at no data, and emits none."""
-    weights: dict[str, Logical] = {}
-    for name, linear in _linears(block).items():
-        try:
-            weights[name] = layout.quantize(linear.weight.half(), job.spec)
-        except LayoutError as error:
-            raise ModelError(f"layer {i}, {name}: {error}", "check the checkpoint's weights") from error
+    from awq.rounding import Rounding
+
+    rounding = Rounding(job.spec, torch.float16)
+    weights = {name: rounding.logical(linear.weight) for name, linear in _linears(block).items()}
     return Quantized(weights, _others(block), {"kept": "rtn"})
 
 
@@ -87,7 +85,14 @@ def by_search(job: Job, blocks: Blocks, block: DecoderLayer, i: int, inputs: Seq
     return Quantized(found.weights, found.tensors, facts)
 
 
-METHODS: Mapping[str, Quantizer] = {"awq": by_search, "rtn": to_nearest}
+def as_given(job: Job, blocks: Blocks, block: DecoderLayer, i: int, inputs: Sequence[Tensor], emit: Emit) -> Quantized:
+    """Scaled and clipped as search results say, then rounded to the nearest: looks at no data, and emits none."""
+    assert blocks.source.given is not None
+    apply_search(blocks.source.given.within(f"llm.model.layers.{i}."), block)
+    return replace(to_nearest(job, blocks, block, i, inputs, emit), facts={"kept": "given"})
+
+
+METHODS: Mapping[str, Quantizer] = {"awq": by_search, "rtn": to_nearest, "given": as_given}
 
 
 def to_disk(quantized: Quantized, job: Job, source: Source, i: int) -> dict[str, Tensor]:
@@ -104,8 +109,18 @@ def to_disk(quantized: Quantized, job: Job, source: Source, i: int) -> dict[str,
             dense = layout.dequantize(logical, torch.float32)
             tensors[key] = narrowed(dense, source.stored(index.entry(key)), f"layer {i}, {key}")
         else:
-            tensors |= _packed(name, logical, job.spec)
+            packed = _packed(logical, job.spec, f"layer {i}, {name}")
+            tensors |= {f"{name}.{part}": tensor for part, tensor in packed._asdict().items()}
     return tensors
+
+
+def _packed(logical: Logical, spec: QuantSpec, name: str) -> AwqGemm:
+    """As the awq format has it, with float16 scales whatever the model's dtype is."""
+    scale = logical.scale.half()
+    if not bool(torch.isfinite(scale).all()):
+        message = f"{name} holds weights so large that their scales are no float16 numbers, which the awq format has"
+        raise ModelError(message, "check the checkpoint's weights, or give --pseudo")
+    return layout.from_logical(logical._replace(scale=scale), spec)
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -115,11 +130,6 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         message = f"{name} holds values that are no finite {str(dtype).removeprefix('torch.')} numbers"
         raise ModelError(message, "check the checkpoint's weights, or store the model as bfloat16 first")
     return out
-
-
-def _packed(name: str, logical: Logical, spec: QuantSpec) -> dict[str, Tensor]:
-    packed = layout.from_logical(logical._replace(scale=logical.scale.half()), spec)
-    return {f"{name}.{key}": tensor for key, tensor in packed._asdict().items()}
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:

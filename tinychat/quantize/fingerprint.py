@@ -19,7 +19,12 @@ from tinychat.quantize.job import Job, Source
 from tinychat.quantize.output import carried
 
 CODE = ("awq", "tinychat_kernels/layout.py", "tinychat_kernels/words.py", "tinychat/layers", "tinychat/models")
-OURS = ("tinychat/quantize/blocks.py", "tinychat/quantize/embedding.py", "tinychat/quantize/states.py")
+OURS = (
+    "tinychat/quantize/blocks.py",
+    "tinychat/quantize/embedding.py",
+    "tinychat/quantize/states.py",
+    "tinychat/search_results.py",
+)
 
 
 def fingerprint(job: Job, files: Mapping[str, str], calibration: str | None) -> dict[str, Any]:
@@ -61,13 +66,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def files_of(source: Source) -> dict[str, Path]:
-    """Every file that goes into the result, by its name in the model's folder."""
+def files_of(job: Job, source: Source) -> dict[str, Path]:
+    """Every file that goes into the result, by its name in the model's folder; search results by what they are."""
     weights = {source.raw.entry(name).path for name in source.raw.names()}
     homes = {source.folder, *(path.parent for path in weights)}
     paths = sorted(weights | {path for home in homes for path in carried(home)})
     inside = {path: path.is_relative_to(source.folder) for path in paths}
-    return {str(path.relative_to(source.folder)) if inside[path] else path.name: path for path in paths}
+    given = {} if job.search_results is None else {"search results": job.search_results}
+    return given | {str(path.relative_to(source.folder)) if inside[path] else path.name: path for path in paths}
 
 
 def hash_files(files: Mapping[str, Path]) -> Iterator[tuple[str, str]]:

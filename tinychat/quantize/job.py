@@ -16,6 +16,7 @@ from tinychat import checkpoint, load
 from tinychat.checkpoint import Index
 from tinychat.config import VilaConfig
 from tinychat.errors import ModelError, UsageError
+from tinychat.search_results import SearchResults, check_search, read_search
 from tinychat.weight_files import Entry
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
@@ -51,7 +52,7 @@ class Calibration:
 class Job:
     """A folder to read, a folder to write, and how. `name` is what the facts call the model (none: as its folder).
 
-    `search` are fields of awq.quantize.Options.
+    `search` are fields of awq.quantize.Options. `search_results` is a file of llm-awq's, which stands for a search.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Job:
     spec: QuantSpec = field(default_factory=QuantSpec)
     pseudo: bool = False
     search: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    search_results: Path | None = None
     calibration: Calibration = Calibration()
     device: str = "cpu"
     max_ram: int | None = None
@@ -73,11 +75,23 @@ class Job:
             self.search_options()
         except AwqError as error:
             raise UsageError(error.message, error.remedy) from error
+        if self.search_results is not None:
+            self._check_given()
         if self.spec.bits != 4 and not self.pseudo:
             message = f"no checkpoint of the awq format holds {self.spec.bits}-bit weights"
             raise UsageError(message, "give --bits 4, or --pseudo for 16-bit weights that stand for them")
         if self.out.exists() and self.out.resolve() == self.folder.resolve():
             raise UsageError(f"{self.out} is the model itself", "give another folder to write")
+
+    def _check_given(self) -> None:
+        """Raise UsageError for what would have no say beside search results."""
+        usual = Options()
+        idle = [f"--{name.replace('_', '-')}" for name, value in self.search.items() if value != getattr(usual, name)]
+        idle += ["--calib"] if self.calibration.sources else []
+        idle += [f"--method {self.method}"] if self.method != "awq" else []
+        if idle:
+            message = f"search results say how weights are scaled and clipped, and {idle[0]} is given as well"
+            raise UsageError(message, "give one of the two")
 
     @property
     def partial(self) -> Path:
@@ -85,9 +99,14 @@ class Job:
         return self.out.with_name(f"{self.out.name}.partial")
 
     @property
+    def procedure(self) -> str:
+        """What is done with a layer, by its name in blocks.METHODS."""
+        return self.method if self.search_results is None else "given"
+
+    @property
     def searches(self) -> bool:
         """Whether the method looks at calibration data."""
-        return self.method == "awq"
+        return self.method == "awq" and self.search_results is None
 
     def search_options(self) -> Options:
         """What the search is told; scales, norms and biases are those of a float16 checkpoint."""
@@ -96,7 +115,9 @@ class Job:
     @property
     def options(self) -> dict[str, Any]:
         """Everything that decides about the result, but the model and the data."""
-        searched = {}
+        searched: dict[str, Any] = {}
+        if self.search_results is not None:
+            searched = {"search_results": self.search_results.name}
         if self.searches:
             given = self.search_options()
             kept = [field.name for field in fields(given) if field.name not in ("spec", "dtype")]
@@ -106,12 +127,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model: its config, its tensors by the names in memory, and all of them by their names on disk."""
+    """An opened model: its config, its tensors by the names in memory, and all of them by their names on disk.
+
+    `given`: what a search found before, checked against the model.
+    """
 
     folder: Path
     config: VilaConfig
     index: Index
     raw: Index
+    given: SearchResults | None = None
 
     @property
     def layers(self) -> int:
@@ -134,12 +159,16 @@ def part(index: Index, prefix: str) -> Index:
 
 
 def open_job(job: Job) -> Source:
-    """The source of a job. Raises ModelError for weights that are missing, quantized already, or of unfitting sizes."""
+    """The source of a job. Raises ModelError for weights that are missing, quantized already, or of unfitting sizes.
+
+    Raises FormatError and ModelError for search results that are none, or another model's.
+    """
     opened = load.open_source(job.folder)
     if opened.spec is not None:
         raise ModelError(f"{job.folder} is quantized to {opened.spec.bits} bits already", "give the 16-bit model")
     config = opened.config
-    source = Source(job.folder, config, opened.index, load.open_index(job.folder, config))
+    given = None if job.search_results is None else read_search(job.search_results)
+    source = Source(job.folder, config, opened.index, load.open_index(job.folder, config), given)
     empty = load.empty_model(config, torch.float32)
     checkpoint.compare(empty, opened.index, config.layout).check()
     for name, (rows, columns) in linears(source).items():
@@ -147,6 +176,8 @@ def open_job(job: Job) -> Source:
             job.spec.check(in_features=columns, out_features=rows)
         except LayoutError as error:
             raise ModelError(f"{name} cannot be quantized: {error}", "choose another group size") from error
+    if given is not None:
+        check_search(given, empty, source.layers, job.spec)
     return source
 
 

@@ -128,7 +128,7 @@ class Run:
         """What decides about the result; it is computed with as many threads as the work was begun with."""
         if begun is not None:
             torch.set_num_threads(int(begun.fingerprint["machine"]["threads"]))  # sums depend on how they are split
-        files, hashes = files_of(self.source), dict[str, str]()
+        files, hashes = files_of(self.job, self.source), dict[str, str]()
         for name, digest in hash_files(files):
             hashes[name] = digest
             yield Progress("", "load", len(hashes), len(files))
@@ -163,7 +163,7 @@ class Run:
     def _layer(self, work: Work, blocks: Blocks, i: int, states: States | None) -> tuple[dict[str, Any], States | None]:
         """Quantize layer i and let it count, together with the states that the next one sees."""
         start = time.perf_counter()
-        block, method = blocks.open(i), METHODS[self.job.method]
+        block, method = blocks.open(i), METHODS[self.job.procedure]
         following, parts, outputs = f"{STATES}{i + 1:05d}", dict[str, Part](), None
         if states is None or i + 1 == self.plan.layers:
             inputs = () if states is None else states.on(blocks.device)

@@ -51,6 +51,7 @@ def job_of(flags: QuantizeFlags) -> Job:
         spec=spec,
         pseudo=flags.pseudo,
         search={name: getattr(flags, name) for name in SEARCH},
+        search_results=Path(flags.search_results).expanduser() if flags.search_results else None,
         calibration=wanted,
         device=flags.device or str(default_device()),
         max_ram=parse_size("--max-ram", flags.max_ram),
@@ -158,7 +159,8 @@ def layer_text(event: LayerDone) -> str:
     place = f"layer {event.index + 1} of {event.total}"
     ending = f"{duration(event.seconds)}, {duration(event.left)} left"
     if event.loss is None:
-        return f"{place}: rounded to the nearest, {ending}"
+        given = "scaled and clipped as the search results say, " if event.kept == "given" else ""
+        return f"{place}: {given}rounded to the nearest, {ending}"
     loss = f"loss {event.loss['rtn']:.3g} rounded to the nearest, {event.loss['awq']:.3g} searched"
     return f"{place}: {loss}{', which is not kept' if event.kept == 'rtn' else ''}, {ending}"
 
