@@ -1,4 +1,6 @@
-"""What AWQ may scale in a decoder layer, as data. To add an architecture, add a row to RECIPES.
+"""What may be scaled in a layer, as data: by AWQ in a decoder's, by SmoothQuant in a vision encoder's.
+
+To add an architecture, add a row to RECIPES or to ENCODERS.
 
 Names are relative to the layer and are those in memory, whatever a checkpoint calls them.
 """
@@ -58,3 +60,21 @@ def recipe_for(model_type: str) -> Recipe:
     if model_type not in RECIPES:
         raise RecipeError(f"there is no AWQ recipe for model type {model_type!r}", f"known are {', '.join(RECIPES)}")
     return RECIPES[model_type]
+
+
+VISION_ENCODER = Recipe(  # fc2 comes after an activation, which no scale passes
+    groups=(
+        ScaleGroup("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
+        ScaleGroup("self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj"),
+        ScaleGroup("layer_norm2", ("mlp.fc1",), "mlp.fc1"),
+    )
+)
+
+ENCODERS = {"clip": VISION_ENCODER, "siglip": VISION_ENCODER}
+
+
+def encoder_recipe(family: str) -> Recipe:
+    """The recipe of a vision tower. Raises RecipeError for one without."""
+    if family not in ENCODERS:
+        raise RecipeError(f"there is no recipe for the vision tower {family!r}", f"known are {', '.join(ENCODERS)}")
+    return ENCODERS[family]
