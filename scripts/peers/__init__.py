@@ -1,0 +1,1 @@
+"""The programs that bench_peers.py compares, each a process of its own."""
