@@ -9,3 +9,7 @@ class KernelError(Exception):
 
 class LayoutError(KernelError):
     """Packed weights that do not fit their spec, or a layout that cannot hold them."""
+
+
+class BuildError(KernelError):
+    """Kernels that cannot be compiled here."""

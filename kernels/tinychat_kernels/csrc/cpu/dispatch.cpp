@@ -38,7 +38,7 @@ bool cpu_has(Isa isa) {
     switch (isa) {
         case Isa::generic: return true;
         case Isa::avx2: return has_avx2();
-        case Isa::avxvnni: return has_avx2() && leaf7_1_eax(4);
+        case Isa::avxvnni: return TINYCHAT_HAS_AVXVNNI != 0 && has_avx2() && leaf7_1_eax(4);
         case Isa::avx512: return has_avx512();
         default: return false;
     }

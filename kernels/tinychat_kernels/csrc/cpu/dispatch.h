@@ -17,6 +17,13 @@
 #define TINYCHAT_TARGET_END TINYCHAT_PRAGMA(GCC pop_options)
 #endif
 
+// Compilers that know AVX-VNNI.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define TINYCHAT_HAS_AVXVNNI 1
+#else
+#define TINYCHAT_HAS_AVXVNNI 0
+#endif
+
 #define TINYCHAT_AVX2 "avx2,fma,f16c"
 #define TINYCHAT_AVXVNNI "avx2,fma,f16c,avxvnni"
 #define TINYCHAT_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"

@@ -12,9 +12,11 @@ namespace tinychat {
 
 // Rows rounded to int8, symmetric, a scale for each row and group: x = values * scales.
 struct Quantized {
-    int8_t* values;   // [rows, inputs]
-    float* scales;    // [rows, groups]; NaN where the group holds NaN or Inf
-    int32_t* sums;    // [rows, groups]: the sum of a group's values
+    int8_t* values;  // [rows, stride]: inputs, then zeros
+    float* scales;   // [rows, groups]; NaN where the group holds NaN or Inf
+    int32_t* sums;   // [rows, groups]: the sum of a group's values
+    int64_t stride;
+    int64_t groups;
 };
 
 // Bytes that Quantized needs for so many rows, and its parts laid out in them. `memory` is aligned to 64 bytes.

@@ -49,8 +49,8 @@ TINYCHAT_EXPORT size_t tc_packed_size(const tc_weights* weights);
 TINYCHAT_EXPORT void tc_pack_w4(const tc_weights* w, const int32_t* qweight, const int32_t* qzeros, const void* scales,
                                 int64_t source_group, void* blocks);
 
-// int8 values [outputs, inputs] in -127..127 with float32 scales [outputs, groups] -> blocks of 8 bits.
-TINYCHAT_EXPORT void tc_pack_w8(const tc_weights* w, const int8_t* values, const float* scales, void* blocks);
+// int8 values [outputs, inputs] and scales [outputs, groups], as w->scale says -> blocks of 8 bits.
+TINYCHAT_EXPORT void tc_pack_w8(const tc_weights* w, const int8_t* values, const void* scales, void* blocks);
 
 // y [rows, outputs] = x [rows, inputs] times the weights, + bias [outputs] unless NULL. exact: x stays float32; else
 // it is rounded to int8 by row and group. y's rows are ldy apart, x's ldx.

@@ -1,0 +1,146 @@
+"""Compiles the CPU kernels into one shared library: at installation (setup.py), or at first use into the cache.
+
+A library knows the digest of the sources it was made from, so one that lies beside newer sources is never loaded.
+Compilation goes file by file, each object under the digest of what it was made from; files appear by renaming, so
+several processes may build at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tinychat_kernels.errors import BuildError
+
+SOURCES = Path(__file__).parent / "csrc" / "cpu"
+LIBRARY = "_cpu.so"  # beside this file, where the installation compiled it
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread")
+LINK_FLAGS = ("-shared", "-pthread")
+SHOWN_LINES = 3  # of what a compiler says
+
+
+def installed() -> Path | None:
+    """The library of the installation, if it was made from the sources that lie here."""
+    path = Path(__file__).parent / LIBRARY
+    return path if path.exists() and digest_of(path) == source_digest() else None
+
+
+def built(folder: Path) -> Path:
+    """The library in the cache folder, compiled if it is not there yet. Raises BuildError."""
+    compiler = find_compiler()
+    key = _digest([*_source_bytes(), *_setting(compiler)])
+    path = folder / f"cpu-{key}.so"
+    if not path.exists():
+        compile_library(path, compiler, folder)
+    return path
+
+
+def find_compiler() -> list[str]:
+    """CXX, or the first C++ compiler in PATH. Raises BuildError where there is none."""
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        return chosen
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError(f"no C++ compiler was found ({', '.join(COMPILERS)})")
+
+
+def compile_library(path: Path, compiler: Sequence[str], objects: Path, flags: Sequence[str] = ()) -> None:
+    """Compile every source and link them; objects of the same source, headers and flags are taken from `objects`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    objects.mkdir(parents=True, exist_ok=True)
+    headers = [header.read_bytes() for header in sorted(SOURCES.glob("*.h"))]
+    setting = [*headers, *_setting(compiler), *(flag.encode() for flag in flags)]
+    common = [*compiler, *FLAGS, *flags]
+
+    def compiled(source: Path) -> Path:
+        out = objects / f"{source.stem}-{_digest([source.read_bytes(), *setting])}.o"
+        if not out.exists():
+            _run([*common, "-c", str(source)], out)
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        parts = [str(part) for part in pool.map(compiled, sorted(SOURCES.glob("*.cpp")))]
+        parts.append(str(_digest_object(common, objects)))
+    _run([*common, *LINK_FLAGS, *parts], path)
+
+
+def source_digest() -> str:
+    """What the sources hash to; a library of these sources says the same."""
+    return _digest(_source_bytes())
+
+
+def digest_of(path: Path) -> str:
+    """The digest of the sources that a library was made from; empty for what is no library of ours."""
+    try:
+        function = ctypes.CDLL(str(path)).tc_source_digest
+    except (OSError, AttributeError):
+        return ""
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _digest_object(common: Sequence[str], objects: Path) -> Path:
+    """A function that returns the digest, compiled."""
+    head = 'extern "C" __attribute__((visibility("default"))) const char* tc_source_digest(void)'
+    text = f'{head} {{ return "{source_digest()}"; }}\n'
+    out = objects / f"digest-{_digest([text.encode(), *_setting(common)])}.o"
+    if not out.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "digest.cpp"
+            source.write_text(text)
+            _run([*common, "-c", str(source)], out)
+    return out
+
+
+def _run(command: Sequence[str], out: Path) -> None:
+    """Run a compiler that writes `out`, which appears whole or not at all. Raises BuildError."""
+    handle, name = tempfile.mkstemp(dir=out.parent, suffix=out.suffix)
+    os.close(handle)
+    try:
+        done = subprocess.run([*command, "-o", name], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise BuildError(f"{command[0]} cannot compile the CPU kernels: {' | '.join(said[:SHOWN_LINES])}")
+        Path(name).chmod(0o755)
+        Path(name).replace(out)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@functools.cache
+def _version(compiler: tuple[str, ...]) -> bytes:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    except OSError as error:
+        raise BuildError(f"{compiler[0]} does not run: {error}") from error
+
+
+def _setting(compiler: Sequence[str]) -> list[bytes]:
+    words = [*compiler, *FLAGS, *LINK_FLAGS, sys.platform]
+    return [_version(tuple(compiler)), *(word.encode() for word in words)]
+
+
+def _source_bytes() -> list[bytes]:
+    paths = [path for path in sorted(SOURCES.iterdir()) if path.suffix in {".h", ".cpp"}]
+    return [part for path in paths for part in (path.name.encode(), path.read_bytes())]
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()[:24]

@@ -1,0 +1,106 @@
+// The C interface of what this folder holds: each call is one job.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "blocks.h"
+#include "dispatch.h"
+#include "linear.h"
+#include "pack.h"
+#include "pool.h"
+#include "tinychat.h"
+
+using namespace tinychat;
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+struct Freed {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory of the calling thread for rounded rows: it outlives the call.
+void* rows_memory(size_t bytes) {
+    thread_local std::unique_ptr<void, Freed> memory;
+    thread_local size_t size = 0;
+    if (bytes > size) {
+        memory.reset();
+        size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+        memory.reset(std::aligned_alloc(kAlignment, size));
+    }
+    return memory.get();
+}
+
+const Isa* find_isa(const char* wanted) {
+    static constexpr Isa kAll[kIsaCount] = {Isa::generic, Isa::avx2,    Isa::avxvnni,
+                                            Isa::avx512,  Isa::dotprod, Isa::i8mm};
+    for (const Isa& one : kAll)
+        if (std::strcmp(name(one), wanted) == 0) return &one;
+    return nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+int tc_abi(void) { return TC_ABI; }
+
+const char* tc_isa(void) { return name(isa()); }
+
+int tc_set_isa(const char* wanted) {
+    if (wanted == nullptr) {
+        set_isa(best_isa());
+        return 0;
+    }
+    const Isa* found = find_isa(wanted);
+    if (found == nullptr) return 1;
+    if (!supported(*found)) return 2;
+    set_isa(*found);
+    return 0;
+}
+
+int tc_isa_supported(const char* wanted) {
+    const Isa* found = find_isa(wanted);
+    return found != nullptr && supported(*found) ? 1 : 0;
+}
+
+int tc_threads(void) { return threads(); }
+void tc_set_threads(int count) { set_threads(count); }
+int tc_usable_cores(void) { return usable_cores(); }
+
+size_t tc_packed_size(const tc_weights* w) { return packed_size(*w); }
+
+void tc_pack_w4(const tc_weights* w, const int32_t* qweight, const int32_t* qzeros, const void* scales,
+                int64_t source_group, void* blocks) {
+    run([&](Team& team) { pack_w4(team, *w, qweight, qzeros, scales, source_group, blocks); });
+}
+
+void tc_pack_w8(const tc_weights* w, const int8_t* values, const void* scales, void* blocks) {
+    run([&](Team& team) { pack_w8(team, *w, values, scales, blocks); });
+}
+
+void tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy,
+               const float* bias, int exact) {
+    if (exact != 0) {
+        run([&](Team& team) { linear_exact(team, *w, x, ldx, rows, y, ldy, bias); });
+        return;
+    }
+    const Quantized rounded =
+        quantized_at(rows_memory(quantized_size(rows, w->inputs, w->group)), rows, w->inputs, w->group);
+    run([&](Team& team) {
+        quantize(team, x, ldx, rows, w->inputs, w->group, rounded);
+        team.barrier();
+        linear(team, *w, rounded, rows, y, ldy, bias);
+    });
+}
+
+void tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values, float* scales) {
+    const Quantized rounded = quantized_at(rows_memory(quantized_size(rows, inputs, group)), rows, inputs, group);
+    run([&](Team& team) { quantize(team, x, inputs, rows, inputs, group, rounded); });
+    for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(values + row * inputs, rounded.values + row * rounded.stride, static_cast<size_t>(inputs));
+    std::memcpy(scales, rounded.scales, static_cast<size_t>(rows * rounded.groups) * sizeof(float));
+}
+
+}  // extern "C"

@@ -1,0 +1,328 @@
+// The inner loops for AVX-512 with VNNI: a register is a line, a lane of it an output.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "dispatch.h"
+#include "linear_kernels.h"
+
+TINYCHAT_TARGET_BEGIN(TINYCHAT_AVX512)
+
+namespace tinychat {
+namespace {
+
+constexpr int64_t kAhead = 2048;  // bytes that streaming reads ahead
+
+inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
+
+inline __m512i quad(const int8_t* values) {
+    int32_t four;
+    __builtin_memcpy(&four, values, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+inline __m512 scales_of(const uint8_t* block, int scale) {
+    const uint8_t* at = block + scales_at(scale);
+    if (scale == TC_F32) return _mm512_loadu_ps(at);
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    if (scale == TC_F16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline __m512i zeros_of(const uint8_t* block) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block)));
+}
+
+// zero points (0 to 15) times the sum of a group's values, which fits into 16 bits
+inline __m512i correction(__m512i zeros, int32_t sum) {
+    return _mm512_madd_epi16(zeros, _mm512_set1_epi32(sum & 0xffff));
+}
+
+void quantize(const float* x, int64_t inputs, int64_t group, const Quantized& out, int64_t row) {
+    const __m512i magnitude = _mm512_set1_epi32(static_cast<int>(kMagnitude));
+    int8_t* values = out.values + row * out.stride;
+    for (int64_t g = 0; g < inputs / group; ++g) {
+        const float* from = x + g * group;
+        int8_t* to = values + g * group;
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t i = 0; i < group; i += kLanes) {
+            const __mmask16 some = group - i < kLanes ? static_cast<__mmask16>((1u << (group - i)) - 1) : 0xffff;
+            const __m512i bits = _mm512_maskz_loadu_epi32(some, from + i);
+            largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, magnitude));
+        }
+        const Rounding rounding = rounding_of(static_cast<uint32_t>(_mm512_reduce_max_epi32(largest)));
+        // Inf times 0 would not be 0.
+        const __mmask16 finite = rounding.inverse == 0.0f ? 0 : 0xffff;
+        const __m512 inverse = _mm512_set1_ps(rounding.inverse);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t i = 0; i < group; i += kLanes) {
+            const __mmask16 some = group - i < kLanes ? static_cast<__mmask16>((1u << (group - i)) - 1) : 0xffff;
+            const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(some & finite, from + i), inverse);
+            const __m512i rounded = _mm512_cvtps_epi32(scaled);
+            sum = _mm512_add_epi32(sum, rounded);
+            _mm512_mask_cvtepi32_storeu_epi8(to + i, some, rounded);
+        }
+        out.scales[row * out.groups + g] = rounding.scale;
+        out.sums[row * out.groups + g] = _mm512_reduce_add_epi32(sum);
+    }
+    __builtin_memset(values + inputs, 0, static_cast<size_t>(out.stride - inputs));
+}
+
+// Adds a group's dot products, times both scales, to the rows' sums.
+template <int kRows>
+inline void add_group(const __m512i (&dots)[kRows], __m512 scales, const Quantized& x, int64_t row, int64_t g,
+                      __m512 (&sums)[kRows]) {
+    for (int r = 0; r < kRows; ++r) {
+        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x.scales[(row + r) * x.groups + g]));
+        sums[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dots[r]), sums[r]);
+    }
+}
+
+template <int kRows>
+inline void store(const __m512 (&sums)[kRows], float* out) {
+    for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out + r * kLanes, sums[r]);
+}
+
+// The nibbles above are left in place and count 16 fold; one shift of their sum mends that. A single row has two
+// sums more, so that no product waits for the one before it.
+template <int kRows>
+void stream4(const Blocks& w, int64_t block, const Quantized& x, int64_t row, float* out) {
+    constexpr int kChains = kRows == 1 ? 2 : 1;
+    const __m512i below = _mm512_set1_epi8(0x0f), above = _mm512_set1_epi8(static_cast<char>(0xf0));
+    __m512 sums[kRows];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    const uint8_t* at = w.at(block, 0);
+    for (int64_t g = 0; g < w.groups; ++g, at += w.bytes) {
+        const int8_t* values = x.values + row * x.stride + g * w.group;
+        __m512i low[kChains][kRows], high[kChains][kRows];
+        for (int c = 0; c < kChains; ++c)
+            for (int r = 0; r < kRows; ++r) low[c][r] = high[c][r] = _mm512_setzero_si512();
+        const uint8_t* line = at + w.header;
+        for (int64_t j = 0; j < w.lines; j += 2) {
+#pragma GCC unroll 2
+            for (int u = 0; u < 2; ++u, line += kLine, values += 8) {
+                const __m512i pair = load(line);
+                _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
+                const __m512i first = _mm512_and_si512(pair, below), second = _mm512_and_si512(pair, above);
+                const int c = u % kChains;
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    low[c][r] = _mm512_dpbusd_epi32(low[c][r], first, quad(values + r * x.stride));
+                    high[c][r] = _mm512_dpbusd_epi32(high[c][r], second, quad(values + r * x.stride + 4));
+                }
+            }
+        }
+        const __m512i zeros = zeros_of(at);
+        __m512i dots[kRows];
+        for (int r = 0; r < kRows; ++r) {
+            if (kChains == 2) {
+                low[0][r] = _mm512_add_epi32(low[0][r], low[kChains - 1][r]);
+                high[0][r] = _mm512_add_epi32(high[0][r], high[kChains - 1][r]);
+            }
+            const __m512i both = _mm512_add_epi32(low[0][r], _mm512_srai_epi32(high[0][r], 4));
+            dots[r] = _mm512_sub_epi32(both, correction(zeros, x.sums[(row + r) * x.groups + g]));
+        }
+        add_group<kRows>(dots, scales_of(at, w.scale), x, row, g, sums);
+    }
+    store<kRows>(sums, out);
+}
+
+template <int kRows>
+void stream8(const Blocks& w, int64_t block, const Quantized& x, int64_t row, float* out) {
+    constexpr int kChains = kRows <= 2 ? 4 : 2;
+    __m512 sums[kRows];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    const uint8_t* at = w.at(block, 0);
+    for (int64_t g = 0; g < w.groups; ++g, at += w.bytes) {
+        const int8_t* values = x.values + row * x.stride + g * w.group;
+        __m512i dots[kRows], chains[kChains][kRows];
+        for (int c = 0; c < kChains; ++c)
+            for (int r = 0; r < kRows; ++r) chains[c][r] = _mm512_setzero_si512();
+        const uint8_t* line = at + w.header;
+        int64_t j = 0;
+        for (; j + kChains <= w.lines; j += kChains) {
+#pragma GCC unroll 4
+            for (int c = 0; c < kChains; ++c, line += kLine, values += 4) {
+                const __m512i four = load(line);
+                _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r)
+                    chains[c][r] = _mm512_dpbusd_epi32(chains[c][r], four, quad(values + r * x.stride));
+            }
+        }
+        for (; j < w.lines; ++j, line += kLine, values += 4)
+            for (int r = 0; r < kRows; ++r)
+                chains[0][r] = _mm512_dpbusd_epi32(chains[0][r], load(line), quad(values + r * x.stride));
+        for (int r = 0; r < kRows; ++r) {
+            dots[r] = _mm512_set1_epi32(-kMiddle * x.sums[(row + r) * x.groups + g]);
+            for (int c = 0; c < kChains; ++c) dots[r] = _mm512_add_epi32(dots[r], chains[c][r]);
+        }
+        add_group<kRows>(dots, scales_of(at, w.scale), x, row, g, sums);
+    }
+    store<kRows>(sums, out);
+}
+
+using StreamRows = void (*)(const Blocks&, int64_t, const Quantized&, int64_t, float*);
+constexpr StreamRows kStream4[kStreamRows] = {stream4<1>, stream4<2>, stream4<3>, stream4<4>,
+                                              stream4<5>, stream4<6>, stream4<7>, stream4<8>};
+constexpr StreamRows kStream8[kStreamRows] = {stream8<1>, stream8<2>, stream8<3>, stream8<4>,
+                                              stream8<5>, stream8<6>, stream8<7>, stream8<8>};
+
+template <const StreamRows (&kTable)[kStreamRows]>
+void stream(const Blocks& w, int64_t block, const Quantized& x, int64_t row, int rows, float* out) {
+    kTable[rows - 1](w, block, x, row, out);
+}
+
+void clear(const Panel& panel, int64_t count, int b) {
+    for (int64_t g = 0; g < count; ++g) {
+        __builtin_memset(panel.part(g, b), 0, static_cast<size_t>(panel.quads * kLine));
+        __builtin_memset(panel.scales_of(g, b), 0, kLanes * sizeof(float));
+        __builtin_memset(panel.zeros_of(g, b), 0, kLanes * sizeof(int32_t));
+    }
+}
+
+void unpack4(const Blocks& w, int64_t block, int64_t first, int64_t count, int b, const Panel& panel) {
+    if (block >= w.count()) return clear(panel, count, b);
+    const __m512i below = _mm512_set1_epi8(0x0f);
+    for (int64_t g = 0; g < count; ++g) {
+        const uint8_t* at = w.at(block, first + g);
+        const uint8_t* line = at + w.header;
+        uint8_t* to = panel.part(g, b);
+        for (int64_t j = 0; j < w.lines; ++j, line += kLine, to += 2 * kLine) {
+            const __m512i pair = load(line);
+            _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
+            _mm512_storeu_si512(to, _mm512_and_si512(pair, below));
+            _mm512_storeu_si512(to + kLine, _mm512_and_si512(_mm512_srli_epi16(pair, 4), below));
+        }
+        _mm512_storeu_ps(panel.scales_of(g, b), scales_of(at, w.scale));
+        _mm512_storeu_si512(panel.zeros_of(g, b), _mm512_sub_epi32(_mm512_setzero_si512(), zeros_of(at)));
+    }
+}
+
+void unpack8(const Blocks& w, int64_t block, int64_t first, int64_t count, int b, const Panel& panel) {
+    if (block >= w.count()) return clear(panel, count, b);
+    for (int64_t g = 0; g < count; ++g) {
+        const uint8_t* at = w.at(block, first + g);
+        __builtin_memcpy(panel.part(g, b), at + w.header, static_cast<size_t>(w.lines * kLine));
+        _mm512_storeu_ps(panel.scales_of(g, b), scales_of(at, w.scale));
+    }
+}
+
+// acc += unsigned weights * signed values. Compilers spill the accumulators of a tile where the intrinsic is used.
+inline __attribute__((always_inline)) void add_products(__m512i& acc, __m512i weights, __m512i values) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(values));
+}
+
+// What a tile's accumulators begin with: less zero point times the sum of the row's values.
+template <int kBits>
+inline __m512i beginning(const Panel& panel, int64_t g, int b, int32_t sum) {
+    if (kBits == 8) return _mm512_set1_epi32(-kMiddle * sum);
+    return correction(load(panel.zeros_of(g, b)), sum);
+}
+
+template <int kBits, int kRows>
+void multiply_tile(const Panel& panel, int64_t first, int64_t count, const Quantized& x, int64_t row, float* sums) {
+    for (int64_t g = 0; g < count; ++g) {
+        __m512i acc[kRows][kPanelBlocks];
+        const int64_t at = row * x.groups + first + g;
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+            for (int b = 0; b < kPanelBlocks; ++b) acc[r][b] = beginning<kBits>(panel, g, b, x.sums[at + r * x.groups]);
+        const uint8_t* weights = panel.part(g, 0);
+        const int64_t next_block = panel.quads * kLine;
+        const int8_t* values = x.values + row * x.stride + (first + g) * panel.quads * 4;
+#pragma GCC unroll 1
+        for (int64_t j = 0; j < panel.quads; ++j, weights += kLine, values += 4) {
+            __m512i line[kPanelBlocks];
+#pragma GCC unroll 4
+            for (int b = 0; b < kPanelBlocks; ++b) line[b] = load(weights + b * next_block);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const __m512i four = quad(values + r * x.stride);
+#pragma GCC unroll 4
+                for (int b = 0; b < kPanelBlocks; ++b) add_products(acc[r][b], line[b], four);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const __m512 row_scale = _mm512_set1_ps(x.scales[at + r * x.groups]);
+#pragma GCC unroll 4
+            for (int b = 0; b < kPanelBlocks; ++b) {
+                float* to = sums + r * kPanelColumns + b * kLanes;
+                const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(panel.scales_of(g, b)), row_scale);
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(acc[r][b]), _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+constexpr int kTileRows = 6;  // 24 accumulators, 4 lines and a quad: 29 of 32 registers
+
+template <int kBits>
+void multiply(const Panel& panel, int64_t first, int64_t count, const Quantized& x, int64_t row, int64_t rows,
+              float* sums) {
+    using Tile = void (*)(const Panel&, int64_t, int64_t, const Quantized&, int64_t, float*);
+    constexpr Tile kTiles[kTileRows] = {multiply_tile<kBits, 1>, multiply_tile<kBits, 2>, multiply_tile<kBits, 3>,
+                                        multiply_tile<kBits, 4>, multiply_tile<kBits, 5>, multiply_tile<kBits, 6>};
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t some = rows - r < kTileRows ? rows - r : kTileRows;
+        kTiles[some - 1](panel, first, count, x, row + r, sums + r * kPanelColumns);
+    }
+}
+
+// Input i (0 to 3) of a quad, of each lane, less the zero points.
+inline __m512 weight(__m512i four, int shift, int mask, __m512i zeros) {
+    const __m512i value = _mm512_and_si512(_mm512_srli_epi32(four, static_cast<unsigned>(shift)), _mm512_set1_epi32(mask));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(value, zeros));
+}
+
+template <int kBits, int kRows>
+void exact_tile(const Blocks& w, int64_t block, const float* x, int64_t ldx, float* out) {
+    constexpr int kQuadsALine = 8 / kBits, kMask = (1 << kBits) - 1;
+    __m512 sums[kRows];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t g = 0; g < w.groups; ++g) {
+        const uint8_t* at = w.at(block, g);
+        const __m512i zeros = kBits == 8 ? _mm512_set1_epi32(kMiddle) : zeros_of(at);
+        const float* from = x + g * w.group;
+        __m512 parts[kRows][4];
+        for (auto& row : parts)
+            for (auto& part : row) part = _mm512_setzero_ps();
+        for (int64_t k = 0; k < w.group; k += 4) {
+            const __m512i four = load(at + w.header + k / 4 / kQuadsALine * kLine);
+            const int above = k / 4 % kQuadsALine != 0 ? kBits : 0;
+            const int some = w.group - k < 4 ? static_cast<int>(w.group - k) : 4;
+            for (int i = 0; i < some; ++i) {
+                const __m512 value = weight(four, 8 * i + above, kMask, zeros);
+#pragma GCC unroll 4
+                for (int r = 0; r < kRows; ++r)
+                    parts[r][i] = _mm512_fmadd_ps(value, _mm512_set1_ps(from[r * ldx + k + i]), parts[r][i]);
+            }
+        }
+        for (int r = 0; r < kRows; ++r) {
+            const __m512 dot = _mm512_add_ps(_mm512_add_ps(parts[r][0], parts[r][1]),
+                                             _mm512_add_ps(parts[r][2], parts[r][3]));
+            sums[r] = _mm512_fmadd_ps(scales_of(at, w.scale), dot, sums[r]);
+        }
+    }
+    store<kRows>(sums, out);
+}
+
+template <int kBits>
+void exact(const Blocks& w, int64_t block, const float* x, int64_t ldx, int rows, float* out) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) exact_tile<kBits, 4>(w, block, x + r * ldx, ldx, out + r * kLanes);
+    for (; r < rows; ++r) exact_tile<kBits, 1>(w, block, x + r * ldx, ldx, out + r * kLanes);
+}
+
+}  // namespace
+
+const LinearKernels kLinearAvx512 = {quantize, stream<kStream4>, stream<kStream8>, unpack4,  unpack8,
+                                     multiply<4>, multiply<8>,      exact<4>,         exact<8>};
+
+}  // namespace tinychat
+
+TINYCHAT_TARGET_END
+
+#endif
