@@ -51,6 +51,7 @@ ASSEMBLY = {
     "tinychat.load",
     "tinychat.placement",
     "tinychat.quantization",
+    "tinychat.int8_tower",
     "tinychat.repack",
     "tinychat.convert",
     "tinychat.quantize",

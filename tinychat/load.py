@@ -17,6 +17,7 @@ from tinychat.core import Progress
 from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
 from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
+from tinychat.int8_tower import int8_linears, swap_int8
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
@@ -79,12 +80,16 @@ def load_model(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model folder that was opened: nothing but headers is read yet. Names of `index` are those in memory."""
+    """A model folder that was opened: nothing but headers is read yet. Names of `index` are those in memory.
+
+    `int8` names the 8-bit linears of the vision tower.
+    """
 
     folder: Path
     config: VilaConfig
     index: Index
     spec: QuantSpec | None
+    int8: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,8 @@ def open_source(folder: Path) -> Source:
     """Read a folder's config and its weights' headers. For original LLaVA the vision tower is found, or fetched."""
     config = read_config(folder)
     index = open_index(folder, config)
-    return Source(folder, config, index.renamed(config.layout), quant_spec(config, index))
+    renamed = index.renamed(config.layout)
+    return Source(folder, config, renamed, quant_spec(config, index), int8_linears(config, renamed))
 
 
 def open_index(folder: Path, config: VilaConfig) -> Index:
@@ -156,7 +162,7 @@ def open_parts(folder: Path, config: VilaConfig) -> Index:
 def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:
     """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time."""
     device, dtype = placement.main_device, choose_dtype(source, placement.dtype, placement.main_device)
-    model = empty_model(source.config, dtype, source.spec, frozenset(packed_linears(source.index)))
+    model = empty_model(source.config, dtype, source.spec, frozenset(packed_linears(source.index)), source.int8)
     device_map = None
     if placement.device_map is not None:
         device_map = make_device_map(model, placement.device_map, placement.max_memory, dtype)
@@ -186,18 +192,23 @@ def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn 4-bit linears into float ones, in place, one at a time: faster where there is no 4-bit kernel."""
+    """Turn 4-bit and 8-bit linears into float ones, in place, one at a time: faster where they have no kernel."""
+    from tinychat.layers.int8_linear import Int8Linear
     from tinychat.layers.linear import QuantLinear
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear | Int8Linear):
             model.set_submodule(name, module.to_linear(dtype))
 
 
 def empty_model(
-    config: VilaConfig, dtype: torch.dtype, spec: QuantSpec | None = None, packed: Collection[str] = ()
+    config: VilaConfig,
+    dtype: torch.dtype,
+    spec: QuantSpec | None = None,
+    packed: Collection[str] = (),
+    int8: Collection[str] = (),
 ) -> VilaLlamaForCausalLM:
-    """The structure on the meta device; the linears named in `packed` are quantized as `spec` says."""
+    """The structure on the meta device; linears named in `packed` are quantized as `spec` says, those in `int8` too."""
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
 
     config.dtype = dtype
@@ -205,6 +216,7 @@ def empty_model(
         model = VilaLlamaForCausalLM(config)
         if spec is not None:
             swap_quantized(model, spec, packed)
+        swap_int8(model, int8)
     return model
 
 

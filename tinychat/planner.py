@@ -17,7 +17,7 @@ from tinychat.errors import CapacityError
 from tinychat_kernels.ref import SLICE
 
 GIB = 2**30
-PACKED = (".qweight", ".qzeros", ".scales")  # stay as on disk
+PACKED = (".qweight", ".qzeros", ".scales", ".weight_scale")  # stay as on disk
 WEIGHTS_A_WORD = 8
 MARGIN = 0.05  # of the rest, for what is not counted below
 CUDA_CONTEXT = 400 * 2**20  # the driver's context and the kernels
@@ -117,8 +117,10 @@ def weights_bytes(index: Index, dtype: torch.dtype, dequantize: bool = False) ->
     With `dequantize` the packed weights become floats as well, and their scales and zeros go.
     """
     if dequantize:
-        words = sum(math.prod(index.shape(name)) for name in index.names() if name.endswith(".qweight"))
-        return float_bytes(index, dtype) + words * WEIGHTS_A_WORD * dtype.itemsize
+        words = [math.prod(index.shape(name)) for name in index.names() if name.endswith(".qweight")]
+        bytewise = [math.prod(index.shape(name)) for name in index.names() if index.dtype(name) == torch.int8]
+        weights = sum(words) * WEIGHTS_A_WORD + sum(bytewise)
+        return float_bytes(index, dtype) + weights * dtype.itemsize
     return float_bytes(index, dtype) + sum(index.entry(name).nbytes for name in index.names() if _stays(index, name))
 
 

@@ -35,8 +35,8 @@ def w8a8_linear(x: Tensor, packed: Int8, bias: Tensor | None = None) -> Tensor:
     The sums are scaled, and the bias added, in fp32. A token that holds NaN or Inf gives NaN or Inf.
     """
     tokens, step = quantize_tokens(x)
-    out = _integer_sums(tokens, packed.weight).float() * step[:, None] * packed.scale.float()
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    out = _integer_sums(tokens, packed.weight).float().mul_(step[:, None]).mul_(packed.scale.float())
+    return (out if bias is None else out.add_(bias.float())).to(x.dtype)
 
 
 def _integer_sums(x: Tensor, weight: Tensor) -> Tensor:
