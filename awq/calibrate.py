@@ -99,6 +99,11 @@ class Moments:
         """[N, B, G] -> `[N, B]`: mean over tokens of (x . delta)^2, each group by itself."""
         return self.grouped.error(delta) / self.count
 
+    def products(self, scale: Tensor) -> Tensor:
+        """`[K, K]`: mean of x x^T of the inputs divided by scale `[K]`. Only where `rows` held all inputs."""
+        assert isinstance(self.whole, Gram)
+        return self.whole.total[0] / (scale[:, None] * scale).mul_(self.count)
+
     def error(self, delta: Tensor) -> float:
         """[N, K] -> mean square of the output's change when the weights change by delta."""
         return float(self.whole.error(delta.float()[:, None]).mean()) / self.count

@@ -21,8 +21,10 @@ class Options:
     duo: scales weigh the weights' magnitudes against the activations' (x^r / w^(1-r))
     joint: the clip search runs inside the scale search, once an exponent
     propagate: `emit` is given the quantized block's outputs, so that the next block is fitted to what it will see
+    compensate: what rounding an input does is taken back by those not rounded yet (GPTQ, arXiv 2210.17323)
     loss_tokens: whole sequences of about so many tokens judge the modules that must be run; None = all of them
-    sketch_rows: rows that stand for all tokens where a linear has more inputs than that (see awq.calibrate.Sketch)
+    sketch_rows: rows that stand for all tokens where a linear has more inputs than that (see awq.calibrate.Sketch);
+        compensate does without
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -34,6 +36,7 @@ class Options:
     duo: bool = False
     joint: bool = False
     propagate: bool = False
+    compensate: bool = False
     loss_tokens: int | None = 2048
     sketch_rows: int = 1024
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from awq.calibrate import Emit, Inputs, Moments, Run, Sample, collect, square_error
 from awq.clip import clipped, search_clip
+from awq.compensate import Dependence, compensated
 from awq.errors import RecipeError, WeightsError
 from awq.options import Options
 from awq.recipes import Recipe, ScaleGroup
@@ -111,7 +112,8 @@ def _prepare(block: nn.Module, recipe: Recipe, options: Options, seed: int) -> t
         width = _group(name, linear, options)
         shared = inputs_of.get(name, name)
         if shared not in sums:
-            sums[shared] = Moments(linear.in_features, width, options.sketch_rows, seed, linear.weight.device)
+            rows = linear.in_features if options.compensate else options.sketch_rows
+            sums[shared] = Moments(linear.in_features, width, rows, seed, linear.weight.device)
         clips = options.clip and name not in recipe.unclipped
         layers[name] = Layer(name, linear, linear.weight.detach(), sums[shared], clips)
     return layers, rounding
@@ -159,18 +161,24 @@ def _round(
     options: Options | None,
 ) -> _Rounded:  # fmt: skip
     """The parameters with their factors, rounded; with options the linears are clipped first."""
-    out = _Rounded({}, {}, {}, {})
+    out, inputs = _Rounded({}, {}, {}, {}), dict[int, Dependence]()
     for name, parameter in original.items():
         wide, module = factors.apply(name, parameter), name.rpartition(".")[0]
         if module not in layers or not name.endswith(".weight"):
             out.tensors[name] = wide.to(rounding.dtype)
             continue
         layer = layers[module]
+        scale = factors.columns.get(module, torch.ones_like(layer.moments.magnitude))
+        within = wide
         if options and layer.clips:
-            scale = factors.columns.get(module, torch.ones_like(layer.moments.magnitude))
             out.clips[module] = search_clip(wide, scale, layer.moments, rounding, options)
-            wide = clipped(wide, out.clips[module])
-        out.weights[module] = rounding.logical(wide)
+            within = clipped(wide, out.clips[module])
+        out.weights[module] = rounding.logical(within)
+        if options and options.compensate:
+            if id(layer.moments) not in inputs:  # else the linear reads the same as the one before it
+                inputs = {id(layer.moments): Dependence.of(layer.moments.products(scale))}
+            depend = inputs[id(layer.moments)]
+            out.weights[module] = compensated(wide, depend, out.weights[module], rounding)
         effective = factors.undo(module, dequantize(out.weights[module], torch.float32))
         out.errors[module] = layer.moments.error(effective - layer.weight)
     return out

@@ -151,14 +151,17 @@ def same(a: BlockResult, b: BlockResult) -> bool:
     return all(torch.equal(x, y) for x, y in tensors) and (a.losses, a.block_loss) == (b.losses, b.block_loss)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sketch_rows": 16, "loss_tokens": 40}, {"duo": True}, {"joint": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sketch_rows": 16, "loss_tokens": 40}, {"duo": True}, {"joint": True}, {"compensate": True}]
+)
 def test_the_same_inputs_give_the_same_bytes(changes: dict[str, Any]) -> None:
     first, second = (search(decoder_block("qwen2", loud=20.0), **changes) for _ in range(2))
     assert same(first, second)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"duo": True}, {"joint": True}, {"clip": False}, {"scale_grid": 1}, {"max_shrink": 0.2}]
+    "changes",
+    [{"duo": True}, {"joint": True}, {"clip": False}, {"scale_grid": 1}, {"max_shrink": 0.2}, {"compensate": True}],
 )
 def test_options_change_the_result(changes: dict[str, Any]) -> None:
     """And each search by itself is still better than rounding to nearest."""
@@ -172,7 +175,22 @@ def test_options_change_the_result(changes: dict[str, Any]) -> None:
 
 def test_every_option_is_tested_here() -> None:
     known = {"spec", "scale_grid", "clip_grid", "max_shrink", "clip", "dtype", "duo", "joint", "propagate"}
+    known |= {"compensate"}
     assert {field.name for field in fields(Options)} == known | {"loss_tokens", "sketch_rows"}
+
+
+def test_compensation_helps_on_other_inputs() -> None:
+    """Inputs of which few directions hold the most, as hidden states are."""
+    mix = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    few = [x[:, :8] @ mix + 0.3 * x for x in sequences(*[64] * 20)]
+    block = decoder_block("llama", loud=5.0)
+    before = Block(copy.deepcopy(block.module), block.run)
+    plain = copy.deepcopy(block.module)
+    search(Block(plain, block.run), inputs=few[:16])
+    search(block, inputs=few[:16], compensate=True)
+    assert output_error(block, before.module, few[16:]) < 0.6 * output_error(
+        Block(plain, block.run), before.module, few[16:]
+    )
 
 
 def test_a_sample_and_sketches_come_close() -> None:

@@ -1,0 +1,71 @@
+"""Rounding that makes up for its own errors (GPTQ, arXiv 2210.17323), on a grid that is already chosen.
+
+One input after another is rounded; what its rounding does to the output is taken back, as well as can be, by the inputs
+that are not rounded yet. The grid (scale and zero of each group) stays as the scale and clip searches left it, so that
+the inputs may be visited in any order: the loudest come first, and the file needs no g_idx.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awq.rounding import Rounding
+from tinychat_kernels.layout import Logical
+
+DAMPING = 0.01  # of the mean square of an input, added to each: fewer tokens than inputs must not be trusted wholly
+BLOCK = 128  # inputs whose errors are gathered before the rest of the weight is touched
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """How the inputs of a linear depend on each other: the order `[K]` to visit them in, and the upper Cholesky factor
+    `[K, K]` of the inverse of their damped products in that order."""
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, products: Tensor) -> Dependence:
+        """From the mean `[K, K]` of x x^T. Inputs that are silent count for themselves."""
+        order = torch.argsort(torch.diagonal(products), descending=True, stable=True)
+        damped = products[order[:, None], order]
+        loudness = torch.diagonal(damped)
+        loudness += DAMPING * loudness.mean()
+        loudness += (loudness == 0).to(loudness)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+
+
+def compensated(weight: Tensor, inputs: Dependence, grid: Logical, rounding: Rounding) -> Logical:
+    """Round a weight `[N, K]` to the scales and zeros of `grid`; q is chosen anew."""
+    order, factor = inputs.order, inputs.factor
+    group = rounding.spec.group(weight.shape[1])
+    groups = (order // group).cpu()
+    scale, zero = grid.scale.float().T, grid.zero.float().T
+    rest = weight.float()[:, order].contiguous()
+    q = torch.empty_like(rest)
+    for start in range(0, rest.shape[1], BLOCK):
+        end = min(start + BLOCK, rest.shape[1])
+        places = groups[start:end]
+        steps = scale[:, places], zero[:, places]
+        piece, within = rest[:, start:end], factor[start:end, start:end]
+        q[:, start:end], errors = _round_block(piece, within, steps, rounding.spec.max_q)
+        rest[:, end:] -= errors @ factor[start:end, end:]
+    out = torch.empty_like(q)
+    out[:, order] = q
+    return Logical(out.to(torch.uint8).T.contiguous(), grid.scale, grid.zero)
+
+
+def _round_block(piece: Tensor, factor: Tensor, steps: tuple[Tensor, Tensor], max_q: int) -> tuple[Tensor, Tensor]:
+    """q `[N, B]` of a piece `[N, B]` (which is changed), and each input's error in units of its pivot."""
+    scale, zero = steps
+    q, errors = torch.empty_like(piece), torch.empty_like(piece)
+    for i in range(piece.shape[1]):
+        column = piece[:, i]
+        q[:, i] = (column / scale[:, i] + zero[:, i]).round_().clamp_(0, max_q)
+        errors[:, i] = (column - (q[:, i] - zero[:, i]) * scale[:, i]) / factor[i, i]
+        piece[:, i + 1 :] -= errors[:, i, None] * factor[i, None, i + 1 :]
+    return q, errors
