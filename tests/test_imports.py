@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
     "tinychat.checkpoint": {"tinychat.weight_files", "tinychat.errors", LAYOUT},
     "tinychat.weight_files": {"tinychat.errors"},
     "tinychat.hub": {"tinychat.config", "tinychat.errors"},
+    "tinychat.packed_cache": {"tinychat_kernels"},
     "tinychat.layouts": {"tinychat.config", "tinychat.errors", "tinychat_kernels"},
     "tinychat.pickled": set(),
     "tinychat.search_results": {
