@@ -176,8 +176,11 @@ def evaluate(flags: EvalFlags, model: ModelFlags) -> int:
     if flags.words and model.model not in (None, named):
         raise UsageError(f"both {named} and --model {model.model} are given", "give one of the two")
 
-    def opened(name: str | None) -> Engine:
-        return open_model(replace(model, model=name, revision=model.revision if name == named else None)).engine
+    def opened(name: str | None, floats: str | None = None) -> Engine:
+        wanted = replace(model, model=name, revision=model.revision if name == named else None)
+        if floats is not None and model.device_map is None:
+            wanted = replace(wanted, dtype=model.dtype or floats, dequantize=True)
+        return open_model(wanted).engine
 
     end = evaluating.perform(evaluating.job_of(flags, named, model.revision), opened, _note)
     if flags.json:

@@ -7,22 +7,31 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tinychat.errors import ModelError, TinychatError, UsageError
+from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
 from tinychat.eval import gate, page, report
 from tinychat.eval.card import Card, CardPlan, Subject, make_card
 from tinychat.eval.heldout import speaks_demo
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tinychat.engine.engine import Engine
+    from tinychat.eval.fidelity import Weight
     from tinychat.flags import EvalFlags
     from tinychat.load import Source
     from tinychat_kernels.layout import QuantSpec
 
 TASKS = ("demo", "ppl", "probes")
-Open = Callable[[str | None], "Engine"]
+EMBEDDINGS = "llm.model.embed_tokens.weight"
 Note = Callable[[str], None]
+
+
+class Open(Protocol):
+    """Loads a model by its name; with `floats` as what the card is measured with: in that dtype, no weight packed."""
+
+    def __call__(self, name: str | None, floats: str | None = None) -> Engine: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +121,9 @@ def _measured_card(job: Job, open_engine: Open, note: Note) -> tuple[Card, list[
         _check_folder(job, source.folder)
     facts = _facts(source)
     method = facts.get("method") or dict(facts.get("options") or {}).get("method") or ""
-    quantized = Subject(_title(source, str(method)), lambda: open_engine(job.model))
-    base, nearest = _others(job, source, open_engine)
+    models = _Models(open_engine)
+    quantized = Subject(_title(source, str(method)), lambda: models.other(job.model))
+    base, nearest = _others(job, source, models)
     card = make_card(base, quantized, nearest, plan=_plan(job, source), facts=facts, report=note)
     lines: list[str] = []
     if job.flags.card:
@@ -153,7 +163,7 @@ def _check_folder(job: Job, folder: Path) -> None:
 
 def _title(source: Source, method: str = "") -> str:
     """How a model's weights are held: `16 bit`, `4 bit`, `AWQ 4 bit`."""
-    stored = source.index.dtype("llm.model.embed_tokens.weight").itemsize * 8
+    stored = source.index.dtype(EMBEDDINGS).itemsize * 8
     bits = source.spec.bits if source.spec else stored
     return f"{method.upper()} {bits} bit".strip()
 
@@ -173,35 +183,61 @@ def _plan(job: Job, source: Source) -> CardPlan:
     )
 
 
-def _others(job: Job, source: Source, open_engine: Open) -> tuple[Subject | None, Subject | None]:
+@dataclass
+class _Models:
+    """Opens the models of a card: the ones after the first compute in its dtype, with float weights."""
+
+    open_engine: Open
+    dtype: str | None = None
+
+    def base(self, name: str | None) -> Engine:
+        engine = self.open_engine(name)
+        self.dtype = str(engine.model.dtype).removeprefix("torch.")  # pyright: ignore[reportAttributeAccessIssue]
+        return engine
+
+    def other(self, name: str | None) -> Engine:
+        """Packed weights become floats, which are quicker to compute with, unless memory does not suffice."""
+        try:
+            return self.open_engine(name, self.dtype or "auto")
+        except CapacityError:
+            return self.open_engine(name)
+
+
+def _others(job: Job, source: Source, models: _Models) -> tuple[Subject | None, Subject | None]:
     """The model that this one is compared with, and that model rounded to nearest."""
     against, wanted = job.flags.against, job.flags.nearest
     if against is None:
         return None, None
     base = _source(against)
-    weight = None if base.spec else lambda name: base.index.get(f"{name}.weight")
-    subject = Subject(_title(base), lambda: open_engine(against), weight)
+    weight = None if base.spec else weights_of(base)
+    subject = Subject(_title(base), lambda: models.base(against), weight)
     spec = None if base.spec else source.spec
     if wanted and spec is None:
         which = f"{against} is quantized already" if base.spec else f"{job.demo.model} is not quantized"
         raise UsageError(f"--nearest rounds BASE as MODEL is quantized, and {which}", "leave --nearest out")
     if spec is None or not (job.flags.card if wanted is None else wanted):
         return subject, None
-    return subject, Subject(f"RTN {spec.bits} bit", lambda: _rounded(open_engine(against), spec))
+    return subject, Subject(f"RTN {spec.bits} bit", lambda: rounded(models.other(against), spec))
 
 
-def _rounded(engine: Engine, spec: QuantSpec) -> Engine:
-    """The engine's model, its decoder rounded to nearest in place and computed as before."""
-    from torch import nn
+def weights_of(source: Source) -> Weight:
+    """Reads the weights of a model's linears and embeddings; of them nothing else stays in memory."""
+    from tinychat.checkpoint import Index
 
+    def weight(name: str) -> Tensor:
+        key = f"{name}.weight"
+        key = key if key in source.index else EMBEDDINGS  # a head that is tied to them
+        return Index({key: source.index.entry(key)}).get(key)
+
+    return weight
+
+
+def rounded(engine: Engine, spec: QuantSpec) -> Engine:
+    """The engine's model, its decoder rounded to nearest in place."""
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
-    from tinychat.quantize import quantize_to_nearest
+    from tinychat.quantize.nearest import round_to_nearest
 
-    model = engine.model
-    if not isinstance(model, VilaLlamaForCausalLM):
+    if not isinstance(engine.model, VilaLlamaForCausalLM):
         raise ModelError("only a model of this program's own can be rounded", "leave --nearest out")
-    dtype = model.dtype
-    for _ in quantize_to_nearest(model, spec):
-        pass
-    nn.Module.to(model, dtype=dtype)
+    round_to_nearest(engine.model, spec)
     return engine

@@ -14,10 +14,11 @@ import torch
 
 from make_tiny_model import make_tiny_model
 from tinychat import load
+from tinychat.core import Progress
 from tinychat.engine.engine import Engine
 from tinychat.errors import FormatError, ModelError, TinychatError, UsageError
 from tinychat.eval import heldout, page, tasks
-from tinychat.eval.card import NO_BASE, NO_WEIGHTS, TEXT_ONLY, Card, CardPlan, Subject, make_card
+from tinychat.eval.card import NO_BASE, NO_WEIGHTS, TEXT_ONLY, Card, CardPlan, Note, Subject, card_in_making, make_card
 from tinychat.eval.page import BEGIN, END, sparkline, with_part
 from tinychat.eval.probes import ProbeScore
 
@@ -106,7 +107,18 @@ def test_one_model_at_a_time_is_in_memory(folders: dict[str, Path]) -> None:
     assert len(alive) == 3
     quantized, again = card.columns["quantized"], card.columns["nearest"]
     assert all(layer.weights and 15 < layer.weights.sqnr_db < 30 for layer in quantized.layers)
+    assert not quantized.others and not again.others
     assert all(layer.weights and layer.weights.sqnr_db == float("inf") for layer in again.layers)
+
+
+def test_progress_ends_where_it_said(folders: dict[str, Path]) -> None:
+    base, other = (Subject.of(name, engine(folders[name])) for name in ("vision", "quantized"))
+    made = [*card_in_making(base, other, plan=CardPlan(samples=1, seqlen=64))]
+    steps = [event for event in made if isinstance(event, Progress)]
+    assert [step.done for step in steps] == [*range(1, len(steps) + 1)] and {step.total for step in steps} == {
+        len(steps)
+    }
+    assert sum(isinstance(event, Note) for event in made) == 6
 
 
 def test_what_is_put_aside_on_disk_changes_nothing(folders: dict[str, Path]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinychat.errors import ModelError
-from tinychat.eval.fidelity import OutputErrors, compare_weights, decibels, fitted, weights_in
+from tinychat.eval.fidelity import OutputErrors, compare_others, compare_weights, decibels, fitted, weights_in
 from tinychat.layers.linear import QuantLinear
 from tinychat_kernels.layout import QuantSpec
 
@@ -51,6 +51,28 @@ def test_noise_is_found_in_its_layer_and_linear() -> None:
     # both linears have as many weights, the other one's variance (1 / 3K) is twice as large: a third of the power
     assert together.sqnr_db == pytest.approx(20 + 10 * math.log10(3), abs=0.4)
     assert together.cosine == pytest.approx(1 - 0.01 / 3 / 2, abs=3e-4)
+
+
+class Ends(nn.Module):
+    """Embeddings and a head, under the decoder's names."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        embeddings, head = nn.Embedding(5000, 16), nn.Linear(16, 5000, bias=False)
+        self.llm = nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": embeddings}), "lm_head": head})
+        self.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_head_and_embeddings_are_told_where_they_are_others(dtype: torch.dtype) -> None:
+    model = Ends(dtype)
+    assert compare_others(model, weights_in(Ends())) == {}
+    with torch.no_grad():
+        head = model.get_submodule("llm.lm_head").weight
+        head.copy_(noisy(head.float(), 0.001))  # type: ignore[operator, arg-type]
+    found = compare_others(model, weights_in(Ends()))
+    assert list(found) == ["lm_head"] and found["lm_head"].sqnr_db == pytest.approx(30, abs=0.3)
 
 
 def test_scales_that_awq_moves_are_no_error() -> None:

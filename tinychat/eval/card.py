@@ -1,27 +1,28 @@
 """The quality card: what quantizing has cost a model, measured on data that it was not calibrated on.
 
-`make_card` measures one model after the other, so that only one is in memory: the original first, whose predictions
-are put aside; then, where they are given, the model rounded to nearest and the quantized one.
+Models are measured one after the other, so that only one is in memory: the original first, whose predictions are put
+aside; then, where they are given, the model rounded to nearest and the quantized one.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tinychat.core import Progress
 from tinychat.engine.engine import Engine
 from tinychat.errors import UsageError
 from tinychat.eval import divergence, fidelity, page, probes
 from tinychat.eval.divergence import Compared, Divergence, Held
-from tinychat.eval.fidelity import LayerFidelity, OutputErrors, Weight
+from tinychat.eval.fidelity import Fidelity, LayerFidelity, OutputErrors, Weight
 from tinychat.eval.heldout import KINDS, Heldout, Item, fingerprint, heldout
 from tinychat.eval.perplexity import answer_perplexity, perplexity, read_text, text_ids, windows_in
-from tinychat.eval.probes import ProbeScore
+from tinychat.eval.probes import Posed, ProbeScore
 from tinychat.eval.spill import LIMIT, Spill, spilling
 from tinychat.inputs.processor import Processor
 
@@ -89,17 +90,32 @@ class Measured:
     text_sha256: str | None = None
     seqlen: int | None = None
     windows: int | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The figures of one model; those against the original by kind of data, `all` among them."""
+    """The figures of one model; those against the original by kind of data, `all` among them.
+
+    `others` are head and embeddings, where they are not the original's.
+    """
 
     title: str
     perplexity: float | None = None
     probes: tuple[ProbeScore, ...] = ()
     divergence: Mapping[str, Divergence] = field(default_factory=dict[str, Divergence])
     layers: tuple[LayerFidelity, ...] = ()
+    others: Mapping[str, Fidelity] = field(default_factory=dict[str, Fidelity])
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A figure that has come, in words."""
+
+    text: str
+
+
+Making = Generator[Progress | Note, None, "Card"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +153,46 @@ def make_card(
 
     Raises ModelError where the models do not belong together or give NaN, UsageError for a text that is too short.
     """
+    making = card_in_making(base, quantized, nearest, plan=plan, facts=facts)
+    while True:
+        try:
+            event = next(making)
+        except StopIteration as end:
+            return end.value
+        if report is not None and isinstance(event, Note):
+            report(event.text)
+
+
+def card_in_making(
+    base: Subject | None,
+    quantized: Subject,
+    nearest: Subject | None = None,
+    *,
+    plan: CardPlan | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Making:
+    """As make_card, as a generator that yields how far it is."""
     plan = plan or CardPlan()
+    subjects = {"base": base, "nearest": nearest, "quantized": quantized}
+    given = {name: subject for name, subject in subjects.items() if subject is not None}
     with spilling(plan.spill_limit) as spill:
-        exam = _Exam(plan, report or (lambda _: None), spill)
-        columns: dict[str, Column] = {}
-        if base is not None:
-            columns["base"] = exam.base(base)
-        else:
+        exam = _Exam(plan, spill, len(given), None if base is None else base.weight)
+        if base is None:
             exam.leave_out(NO_BASE)
-        for name, subject in (("nearest", nearest), ("quantized", quantized)):
-            if subject is not None:
-                columns[name] = exam.other(subject, base)
-        return Card(columns, exam.measured(), facts or {}, tuple(exam.left_out), _versions())
+        elif base.weight is None and "divergence" in plan.measures:
+            exam.leave_out(NO_WEIGHTS)
+        columns: dict[str, Column] = {}
+        for name, subject in given.items():
+            columns[name] = yield from exam.column(subject, original=name == "base")
+        return Card(columns, exam.measured(), facts or {}, tuple(exam.left_out), versions())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what measures."""
     return {name: metadata.version(name) for name in PACKAGES}
+
+
+Part = Generator[Progress | Note, None, Any]
 
 
 @dataclass
@@ -160,66 +200,89 @@ class _Exam:
     """One card in the making: what the original said is held in `held` and `spill`, entry by entry."""
 
     plan: CardPlan
-    report: Report
     spill: Spill
-    items: list[Item] = field(default_factory=list[Item])
+    models: int
+    weight: Weight | None = None  # the original's
+    done: int = 0
+    items: list[Item] | None = None
+    probes: list[Posed] | None = None
     held: list[Held] = field(default_factory=list[Held])
     left_out: list[str] = field(default_factory=list[str])
     text: dict[str, Any] = field(default_factory=dict[str, Any])
+    dtype: str | None = None
 
     def leave_out(self, why: str) -> None:
         if why not in self.left_out:
             self.left_out.append(why)
 
     def measured(self) -> Measured:
-        digest = fingerprint(self.items) if self.items else None
-        return Measured(self.plan.heldout, self.plan.per_kind, digest, **self.text)
+        digest = fingerprint(self.items) if self.held and self.items else None
+        return Measured(self.plan.heldout, self.plan.per_kind, digest, **self.text, dtype=self.dtype)
 
-    def base(self, subject: Subject) -> Column:
-        """The original's own figures; its predictions on the held-out set are put aside."""
-        engine = subject.open()
-        if "divergence" in self.plan.measures:
-            self.items = _items(self.plan, engine)
-            for item in self.items:
-                self._hold(engine, item)
-            self.report(f"{subject.title}: {len(self.held)} held-out answers")
-            if subject.weight is None:
-                self.leave_out(NO_WEIGHTS)
-        return Column(subject.title, self._perplexity(subject, engine), self._probes(subject, engine))
-
-    def other(self, subject: Subject, base: Subject | None) -> Column:
-        """Another model's figures, those against the original among them where there is one."""
+    def column(self, subject: Subject, original: bool) -> Generator[Progress | Note, None, Column]:
+        """All figures of a model."""
         gc.collect()  # the model before may lie in a cycle
         engine = subject.open()
-        found: dict[str, Divergence] = {}
-        layers: tuple[LayerFidelity, ...] = ()
-        if base is not None and self.held:
-            found, outputs = self._compare(engine)
+        self._prepare(engine)
+        column = Column(subject.title)
+        if original and "divergence" in self.plan.measures:
+            yield from self._hold(engine)
+            yield Note(f"{subject.title}: {len(self.held)} held-out answers")
+        elif self.held:
+            found, outputs = yield from self._compare(engine)
             value = found["all"]
-            self.report(f"{subject.title}: KL {value.kl.value:.4g}, same token {100 * value.top1.value:.1f} %")
-            weights = list(fidelity.compare_weights(_module(engine), base.weight)) if base.weight else []
-            layers = fidelity.joined(outputs, weights)
-        return Column(subject.title, self._perplexity(subject, engine), self._probes(subject, engine), found, layers)
+            yield Note(f"{subject.title}: KL {value.kl.value:.4g}, same token {100 * value.top1.value:.1f} %")
+            column = replace(column, divergence=found, **self._fidelity(engine, outputs))
+        perplexity = yield from self._perplexity(subject, engine)
+        scores = yield from self._probes(subject, engine)
+        return replace(column, perplexity=perplexity, probes=scores)
 
-    def _hold(self, engine: Engine, item: Item) -> None:
-        held = divergence.continued(engine, item)
-        reading = divergence.read(engine, held)
-        self.held.append(held)
-        self.spill.put({**divergence.coded(reading.logits), "outputs": reading.outputs})
+    def _prepare(self, engine: Engine) -> None:
+        """What all models are asked, drawn once, when the first one tells what it can read."""
+        if self.items is None or self.probes is None:
+            sees, plan = _sees(engine), self.plan
+            self.dtype = str(_module(engine).dtype).removeprefix("torch.")
+            self.items = _items(plan, engine) if {"divergence", "ppl"} & {*plan.measures} else []
+            asked = probes.draw_probes(plan.heldout, plan.per_kind) if sees and "probes" in plan.measures else ()
+            self.probes = [probes.pose(probe) for probe in asked]
+            if not sees:
+                self.leave_out(TEXT_ONLY)
 
-    def _compare(self, engine: Engine) -> tuple[dict[str, Divergence], list[fidelity.Fidelity]]:
+    def _step(self) -> Progress:
+        measures = self.plan.measures
+        each = len(self.probes or ()) + len(self.items or ()) * ("divergence" in measures) + ("ppl" in measures)
+        self.done += 1
+        return Progress("", "card", self.done, self.models * each)
+
+    def _hold(self, engine: Engine) -> Part:
+        for item in self.items or ():
+            held = divergence.continued(engine, item)
+            reading = divergence.read(engine, held)
+            self.held.append(held)
+            self.spill.put({**divergence.coded(reading.logits), "outputs": reading.outputs})
+            yield self._step()
+
+    def _compare(
+        self, engine: Engine
+    ) -> Generator[Progress | Note, None, tuple[dict[str, Divergence], list[Fidelity]]]:
         compared: list[Compared] = []
         errors = OutputErrors()
-        for index, (item, held) in enumerate(zip(self.items, self.held, strict=True)):
+        for index, (item, held) in enumerate(zip(self.items or (), self.held, strict=True)):
             divergence.check_same_tokens(engine, item, held)
             reading, base = divergence.read(engine, held), dict(self.spill.get(index))
             errors.add(reading.outputs, base.pop("outputs"))
             compared.append(divergence.compare(held, base, reading.logits))
-        kinds: dict[str, Sequence[Compared]] = {kind: [one for one in compared if one.kind == kind] for kind in KINDS}
-        groups = {"all": compared, **{kind: group for kind, group in kinds.items() if group}}
-        return {kind: divergence.summarize(group) for kind, group in groups.items()}, errors.layers()
+            yield self._step()
+        return by_kind(compared), errors.layers()
 
-    def _perplexity(self, subject: Subject, engine: Engine) -> float | None:
+    def _fidelity(self, engine: Engine, outputs: list[Fidelity]) -> dict[str, Any]:
+        if self.weight is None:
+            return {"layers": fidelity.joined(outputs, ())}
+        weights = list(fidelity.compare_weights(_module(engine), self.weight))
+        others = fidelity.compare_others(_module(engine), self.weight)
+        return {"layers": fidelity.joined(outputs, weights), "others": others}
+
+    def _perplexity(self, subject: Subject, engine: Engine) -> Generator[Progress | Note, None, float | None]:
         if "ppl" not in self.plan.measures:
             return None
         if (text := _text(self.plan)) is None:
@@ -230,23 +293,31 @@ class _Exam:
             found = perplexity(_module(engine), ids, seqlen)
             digest = hashlib.sha256(words.encode()).hexdigest()
             self.text = {"text": name, "text_sha256": digest, "seqlen": seqlen, "windows": windows_in(ids, seqlen)}
-        self.report(f"{subject.title}: perplexity {found:.4g}")
+        yield self._step()
+        yield Note(f"{subject.title}: perplexity {found:.4g}")
         return found
 
     def _of_answers(self, engine: Engine) -> float:
-        items = [item for item in _items(self.plan, engine) if item.answer is not None]
+        items = [item for item in self.items or () if item.answer is not None]
         self.text = {"text": f"right answers, set {self.plan.heldout}", "text_sha256": fingerprint(items)}
         return answer_perplexity(engine, items)
 
-    def _probes(self, subject: Subject, engine: Engine) -> tuple[ProbeScore, ...]:
-        if not _sees(engine):
-            self.leave_out(TEXT_ONLY)
-            return ()
-        if "probes" not in self.plan.measures:
-            return ()
-        scores = probes.score_probes(engine, probes.draw_probes(self.plan.heldout, self.plan.per_kind))
-        self.report(f"{subject.title}: probes {100 * probes.share_right(scores):.1f} % right")
+    def _probes(self, subject: Subject, engine: Engine) -> Generator[Progress | Note, None, tuple[ProbeScore, ...]]:
+        marks: list[probes.Mark] = []
+        for posed in self.probes or ():
+            marks.append(probes.mark(engine, posed))
+            yield self._step()
+        scores = probes.tally(marks)
+        if scores:
+            yield Note(f"{subject.title}: probes {100 * probes.share_right(scores):.1f} % right")
         return scores
+
+
+def by_kind(compared: Sequence[Compared]) -> dict[str, Divergence]:
+    """The figures of all data together, and of each kind that there is."""
+    kinds: dict[str, Sequence[Compared]] = {kind: [one for one in compared if one.kind == kind] for kind in KINDS}
+    groups = {"all": compared, **{kind: group for kind, group in kinds.items() if group}}
+    return {kind: divergence.summarize(group) for kind, group in groups.items()}
 
 
 def _module(engine: Engine) -> Any:

@@ -14,6 +14,9 @@ from tinychat.errors import ModelError
 from tinychat_kernels import layout
 
 LAYERS = "llm.model.layers"
+OTHERS = ("llm.model.embed_tokens", "llm.lm_head")
+HALVES = (torch.float16, torch.bfloat16)
+ROWS = 4096  # of head and embeddings at once
 FITS = 3  # rounds of fitting factors; more change the third decimal
 Weight = Callable[[str], Tensor]
 
@@ -88,9 +91,29 @@ def compare_weights(model: nn.Module, base: Weight) -> Iterator[tuple[Fidelity, 
         yield _fidelity(sums), each
 
 
+def compare_others(model: nn.Module, base: Weight) -> dict[str, Fidelity]:
+    """What of head and embeddings is another than in the original, beyond a rounding to 16 bits, by name.
+
+    Raises ModelError where the two models have other sizes.
+    """
+    found: dict[str, Fidelity] = {}
+    for name in OTHERS:
+        ours, theirs = weight_of(model.get_submodule(name)), base(name)
+        _check_sizes(name, ours, theirs)
+        pairs = list(zip(ours.split(ROWS), theirs.split(ROWS), strict=True))
+        if not all(_rounds_to(x, y) for x, y in pairs):
+            sums = [_sums(x.float().cpu(), y.float().cpu()) for x, y in pairs]
+            found[name.rpartition(".")[2]] = _fidelity(torch.stack(sums).sum(0))
+    return found
+
+
+def _rounds_to(ours: Tensor, base: Tensor) -> bool:
+    return any(torch.equal(ours.cpu().to(kind), base.cpu().to(kind)) for kind in HALVES)
+
+
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight `[N, K]` that a linear stands for, fp32 where it is quantized."""
-    if isinstance(linear, nn.Linear):
+    """The weight `[N, K]` that a linear or an embedding stands for, fp32 where it is quantized."""
+    if isinstance(linear, nn.Linear | nn.Embedding):
         return linear.weight.detach()
     return layout.dequantize(linear.logical(), torch.float32)  # pyright: ignore[reportCallIssue]
 
@@ -108,11 +131,18 @@ def _linears(layer: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _weight_sums(name: str, ours: Tensor, base: Tensor) -> Tensor:
     """Sums of base^2, error^2, ours * base and ours^2, after the fit."""
+    _check_sizes(name, ours, base)
+    y = base.float().cpu()
+    return _sums(fitted(ours.float().cpu(), y), y)
+
+
+def _check_sizes(name: str, ours: Tensor, base: Tensor) -> None:
     if ours.shape != base.shape:
         sizes = f"{list(ours.shape)} here and {list(base.shape)} in the model that it is compared with"
         raise ModelError(f"{name} is {sizes}", "compare a model with the one that it was made from")
-    y = base.float().cpu()
-    x = fitted(ours.float().cpu(), y)
+
+
+def _sums(x: Tensor, y: Tensor) -> Tensor:
     pairs = ((y, y), (x - y, x - y), (x, y), (x, x))
     return torch.tensor([float((a * b).sum(dtype=torch.float64)) for a, b in pairs], dtype=torch.float64)
 

@@ -48,6 +48,7 @@ def _column(column: Column) -> Json:
         "probes": [_probe(score) for score in column.probes],
         "divergence": {kind: _divergence(found) for kind, found in column.divergence.items()},
         "layers": [asdict(layer) for layer in column.layers],
+        "others": {name: asdict(found) for name, found in column.others.items()},
     }
 
 
@@ -91,6 +92,8 @@ def _lines(card: Card) -> Iterator[tuple[str, Cell]]:
         yield from _divergence_lines(kind)
     yield "lowest SQNR of a layer's output", lambda c: _lowest(c, lambda layer: layer.output.sqnr_db)
     yield "lowest SQNR of a layer's weights", lambda c: _lowest(c, _weights_sqnr)
+    for name in dict.fromkeys(name for column in card.columns.values() for name in column.others):
+        yield f"SQNR of {name}", lambda c, name=name: _other(c, name)
     scores = {(score.kind, score.size) for column in card.columns.values() for score in column.probes}
     order = sorted(scores, key=lambda key: (probes.KINDS.index(key[0]), -(key[1] or 0)))
     for kind, size in order:
@@ -134,6 +137,10 @@ def _lowest(column: Column, of: Callable[[LayerFidelity], float]) -> str:
         return ""
     value, layer = min(found)
     return "no error" if value == math.inf else f"{value:.1f} dB (layer {layer})"
+
+
+def _other(column: Column, name: str) -> str:
+    return f"{column.others[name].sqnr_db:.1f} dB" if name in column.others else ""
 
 
 def _right(column: Column, key: tuple[str, float | None]) -> str:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tinychat.core import Request
 from tinychat.eval.demo import heldout as painter
 from tinychat.eval.demo import pictures, questions, scenes
 from tinychat.eval.demo.evaluation import correct, normal
 from tinychat.eval.demo.questions import Asker, Phrases, Turn
 from tinychat.eval.demo.samples import Sample
 from tinychat.eval.demo.scenes import COLOURS, IMAGE_SIZE, Background, Glyph, Lettering, Rgb, Scene, Style
-from tinychat.eval.tasks import Answering, TaskScore, answer
+from tinychat.eval.tasks import Answering, TaskScore, ask, question
 
 KINDS = ("read", "count", "colour", "chart")
 PLAIN_SCALE = 4  # 384 pixels
@@ -47,6 +48,26 @@ class Probe:
     picture: np.ndarray
     turn: Turn
     size: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Posed:
+    """A probe that waits to be asked, of each model in turn."""
+
+    request: Request
+    kind: str
+    turn: Turn
+    size: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What an answer to a probe was worth; `misread`: the part of the text that was read wrongly."""
+
+    kind: str
+    size: float | None
+    right: bool
+    misread: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +112,38 @@ def draw_probes(name: str, per_kind: int) -> Iterator[Probe]:
         yield from (draw(made, _rng(name, kind, i)) for i in range(per_kind))
 
 
-def score_probes(engine: Answering, asked: Iterator[Probe]) -> tuple[ProbeScore, ...]:
-    """Greedy answers, scored by kind and size. Raises ModelError where the engine cannot answer."""
-    marks: dict[tuple[str, float | None], list[tuple[bool, float]]] = {}
-    for probe in asked:
-        shown = replace(probe.turn, pictures=1)
-        said = answer(engine, Sample((probe.picture,), (shown,), None, np.zeros(0)), 0)
-        marks.setdefault((probe.kind, probe.size), []).append((right(said, probe.turn), misread(said, probe.turn)))
+def pose(probe: Probe) -> Posed:
+    """The probe as a request, its picture compressed."""
+    sample = Sample((probe.picture,), (replace(probe.turn, pictures=1),), None, np.zeros(0))
+    return Posed(question(sample, 0), probe.kind, probe.turn, probe.size)
+
+
+def mark(engine: Answering, posed: Posed) -> Mark:
+    """The engine's greedy answer, marked. Raises ModelError where it cannot answer."""
+    said = ask(engine, posed.request)
+    return Mark(posed.kind, posed.size, right(said, posed.turn), misread(said, posed.turn))
+
+
+def tally(marks: Iterable[Mark]) -> tuple[ProbeScore, ...]:
+    """Scores by kind and size, in the order in which these come first."""
+    groups: dict[tuple[str, float | None], list[Mark]] = {}
+    for one in marks:
+        groups.setdefault((one.kind, one.size), []).append(one)
     return tuple(
         ProbeScore(
             kind,
             size,
-            right=sum(ok for ok, _ in row),
-            asked=len(row),
-            errors=None if size is None else sum(wrong for _, wrong in row) / len(row),
+            right=sum(one.right for one in group),
+            asked=len(group),
+            errors=None if size is None else sum(one.misread for one in group) / len(group),
         )
-        for (kind, size), row in marks.items()
+        for (kind, size), group in groups.items()
     )
+
+
+def score_probes(engine: Answering, asked: Iterable[Probe]) -> tuple[ProbeScore, ...]:
+    """Greedy answers, scored by kind and size. Raises ModelError where the engine cannot answer."""
+    return tally(mark(engine, pose(probe)) for probe in asked)
 
 
 def right(said: str, turn: Turn) -> bool:

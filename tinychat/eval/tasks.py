@@ -63,7 +63,16 @@ def score_tasks(
 
 def answer(engine: Answering, sample: Sample, at: int) -> str:
     """The answer to turn `at` of a sample, the turns before it given as they should have been."""
-    request = Request("eval", messages(sample, at), stopping=StoppingParams(max_new_tokens=ANSWER_TOKENS))
+    return ask(engine, question(sample, at))
+
+
+def question(sample: Sample, at: int) -> Request:
+    """Turn `at` of a sample as a request."""
+    return Request("eval", messages(sample, at), stopping=StoppingParams(max_new_tokens=ANSWER_TOKENS))
+
+
+def ask(engine: Answering, request: Request) -> str:
+    """The answer's text. Raises ModelError where the engine cannot answer."""
     for event in engine.run([request]):
         if isinstance(event, Failed):
             raise ModelError(f"the model cannot be evaluated: {event.message}", event.remedy)
