@@ -110,7 +110,9 @@ def test_an_old_pickle_becomes_what_transformers_names(tmp_path: Path):
         "bits": 4,
         "group_size": 32,
         "zero_point": True,
-        "modules_to_not_convert": ["vision_tower", "multi_modal_projector", "lm_head"],
+        "modules_to_not_convert": [
+            "vision_tower", "multi_modal_projector", "lm_head", "model.vision_tower", "model.multi_modal_projector",
+        ],
     }
     assert raw["image_token_index"] < raw["text_config"]["vocab_size"]
     names = set(load_file(tmp_path / "out" / "model.safetensors"))

@@ -39,7 +39,7 @@ PARTS = tuple(AwqGemm._fields)
 HEAD = "vision_tower.vision_model.head."  # no computation of ours needs it, and SigLIP's config in transformers may
 ROWS = 64  # a vocabulary grows in steps of this
 GIB = 2**30
-LINEAR = re.compile(r"(llm\.model\.layers\..*_proj)\.weight")
+LINEAR = re.compile(r"llm\.model\.(layers\..*_proj)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ def _write_files(job: Job, draft: Path) -> None:
     for place, path in layouts.files_to_carry(job.folder, tower, job.layout == "vila").items():
         if place.name != "processor_config.json" or job.layout == "llava_hf":
             shutil.copyfile(path, draft / place)
-    quantization = layouts.quantization_config(job.target.format, job.spec, _spared(job))
+    quantization = layouts.quantization_config(job.target.format, job.spec, _spared(job), job.layout)
     if job.layout == "vila":
         _write_vila_configs(job, draft, quantization)
     else:
@@ -300,9 +300,8 @@ def _write_files(job: Job, draft: Path) -> None:
 
 
 def _spared(job: Job) -> list[str]:
-    """The modules that stay in 16 bit, by their names on disk; linears of the decoder among them."""
-    linears = [match[1] for name in job.index.names() if (match := LINEAR.fullmatch(name))]
-    return [*SPARED[job.layout], *(layouts.name_on_disk(name, job.layout) for name in linears)]
+    """The modules that stay in 16 bit; linears of the decoder among them, named from `layers` on as all programs do."""
+    return [*SPARED[job.layout], *(match[1] for name in job.index.names() if (match := LINEAR.fullmatch(name)))]
 
 
 def _write_vila_configs(job: Job, draft: Path, quantization: Json | None) -> None:

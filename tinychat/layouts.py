@@ -27,6 +27,8 @@ CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICEN
 LEFT = ("config.json", "*.index.json", "trainer_state.json", "training_args*", "optimizer*", "scheduler*")
 OF_PICTURES = ("preprocessor_config.json",)
 OF_THE_ROOT = ("README*", "*.md", "LICENSE*", "NOTICE*", "quality.json", "quantize.json", "processor_config.json")
+# vLLM and SGLang look for a part of a module's name, transformers for its beginning or its end.
+FOUND_BY_BEGINNING = ("vision_tower", "multi_modal_projector")
 VILA = "convert it with --to vila or llm-awq-v2"
 
 
@@ -127,11 +129,15 @@ def part_config(config: VilaConfig, part: str) -> Json:
     return {"model_type": "v2l_projector", **fields} if part == "mm_projector" else fields
 
 
-def quantization_config(format: Format, spec: QuantSpec, spared: Sequence[str]) -> Json | None:
-    """What config.json says of packed weights; None for llm-awq, whose files say it by their shapes."""
+def quantization_config(format: Format, spec: QuantSpec, spared: Sequence[str], layout: str) -> Json | None:
+    """What config.json says of packed weights; None for llm-awq, whose files say it by their shapes.
+
+    AWQ GEMM has zero points whether groups are symmetric or not, and says so.
+    """
     if format is GEMM:
         group = {"bits": 4, "group_size": spec.group_size, "zero_point": True}
-        return {"quant_method": "awq", "version": "gemm", **group, "modules_to_not_convert": list(spared)}
+        left = [*spared, *(f"model.{name}" for name in spared if layout == "llava_hf" and name in FOUND_BY_BEGINNING)]
+        return {"quant_method": "awq", "version": "gemm", **group, "modules_to_not_convert": left}
     if format is not COMPRESSED_TENSORS:
         return None
     per_row = spec.group_size == PER_ROW

@@ -12,9 +12,11 @@ from typing import Any
 from awq.save import Work, sync
 from tinychat.checkpoint import rename
 from tinychat.config import read_json
+from tinychat.layouts import quantization_config
 from tinychat.quantize.job import HALVES, LAYER, SPARED, Job, Source
 from tinychat.quantize.writing import Copy, write_sharded
 from tinychat.weight_files import Entry, entries_of
+from tinychat_kernels.formats import GEMM
 
 Json = dict[str, Any]
 
@@ -114,20 +116,9 @@ def _write_configs(job: Job, source: Source, folder: Path) -> None:
             if _was_wide(source):
                 content = _narrowed(content)
             if home == decoder and not job.pseudo:
-                content["quantization_config"] = quantization(job, source)
+                layout = source.config.layout
+                content["quantization_config"] = quantization_config(GEMM, job.spec, SPARED[layout], layout)
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def quantization(job: Job, source: Source) -> Json:
-    """The quantization_config that transformers, vLLM and SGLang read."""
-    return {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": job.spec.bits,
-        "group_size": job.spec.group_size,
-        "zero_point": job.spec.zero_point,
-        "modules_to_not_convert": list(SPARED[source.config.layout]),
-    }
 
 
 def _was_wide(source: Source) -> bool:
