@@ -108,5 +108,5 @@ def test_a_token_depends_on_itself_alone() -> None:
 
 
 def test_the_registry_has_it() -> None:
-    assert registry.pick("w8a8_linear") is ref.w8a8_linear
+    assert registry.pick("w8a8_linear", "ref") is ref.w8a8_linear
     assert quantize_tokens(torch.tensor([[1.0, -2.0]])).weight.tolist() == [[64, -127]]

@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import pytest
 
-from tinychat_kernels import ref, registry
+from tinychat_kernels import cpu, ref, registry
 from tinychat_kernels.errors import KernelError
 
 
-def test_the_reference_is_always_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    monkeypatch.setattr(cpu, "available", lambda: (False, "no compiler"))
+
+
+@pytest.mark.usefixtures("no_cpu")
+def test_the_reference_is_always_there() -> None:
     assert registry.pick("w4_linear") is ref.w4_linear
     assert registry.pick("w4_linear", "ref") is ref.w4_linear
+    assert registry.chosen().name == "ref"
+
+
+def test_the_fastest_that_runs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    monkeypatch.setattr(cpu, "available", lambda: (True, "any instructions"))
+    assert registry.pick("w4_linear") is cpu.w4_linear
+    assert registry.chosen() == registry.Backend("cpu", True, "any instructions")
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    assert registry.pick("w4_linear") is ref.w4_linear
+    assert registry.chosen().name == "ref"
+
+
+@pytest.mark.usefixtures("no_cpu")
+def test_what_is_asked_for_and_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYCHAT_BACKEND", "cpu")
+    with pytest.raises(KernelError, match="the backend cpu is off: no compiler: see `tinychat doctor`"):
+        registry.chosen()
 
 
 def test_every_known_backend_says_how_it_stands() -> None:
@@ -27,7 +51,7 @@ def test_the_environment_chooses_and_an_argument_comes_first(monkeypatch: pytest
         registry.pick("w4_linear")
     assert registry.pick("w4_linear", "ref") is ref.w4_linear
     monkeypatch.setenv("TINYCHAT_BACKEND", "")
-    assert registry.pick("w4_linear") is ref.w4_linear
+    assert registry.pick("w4_linear") is registry.pick("w4_linear", registry.chosen().name)
 
 
 @pytest.mark.parametrize("name", ["w5_linear", "torch", "SLICE", "dequantize", "_slice"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tinychat.layers.linear import QuantLinear
+from tinychat_kernels import cpu
 from tinychat_kernels.errors import KernelError, LayoutError
 from tinychat_kernels.layout import QuantSpec, dequantize, quantize
 
@@ -85,3 +87,80 @@ def test_what_cannot_be_held_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_it_says_what_it_is() -> None:
     assert repr(QuantLinear(64, 24, SPEC)) == "QuantLinear(64, 24, bits=4, group_size=32)"
+
+
+needs_kernels = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_prepared_one_holds_the_same_weights_and_none_of_the_words(dtype: torch.dtype, bias: bool) -> None:
+    plain = QuantLinear.from_linear(linear(dtype, bias), SPEC)
+    ours = copy.deepcopy(plain)
+    ours.prepare(exact=True)
+    assert ours.prepared and isinstance(ours.packed, cpu.Packed)
+    assert [name for name, buffer in ours.named_buffers()] == (["bias"] if bias else [])
+    for one, other in zip(ours.logical(), plain.logical(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    x = noise(2, 3, 64).to(dtype)
+    found, expected = ours(x), plain(x)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert float((found.double() - expected.double()).norm() / expected.double().norm()) <= 5e-3
+    rounded = copy.deepcopy(plain)
+    rounded.prepare()
+    assert not torch.equal(rounded(noise(1, 64)), ours(noise(1, 64)))
+    assert float((rounded(x).double() - expected.double()).norm() / expected.double().norm()) <= 2e-2
+
+
+@needs_kernels
+def test_a_prepared_one_saves_and_loads_as_on_disk() -> None:
+    plain = QuantLinear.from_linear(linear(torch.float16), SPEC)
+    ours = copy.deepcopy(plain)
+    ours.prepare()
+    state = ours.state_dict()
+    assert set(state) == set(plain.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    other = QuantLinear.from_linear(nn.Linear(64, 24).half(), SPEC)
+    ours.load_state_dict(other.state_dict())
+    assert not ours.prepared and torch.equal(ours.logical().q, other.logical().q)
+
+
+@needs_kernels
+def test_copies_of_a_prepared_one_have_the_words() -> None:
+    plain = QuantLinear.from_linear(linear(), SPEC)
+    ours = copy.deepcopy(plain)
+    ours.prepare()
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):  # noqa: S301
+        assert ours.prepared and not other.prepared
+        assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in other.state_dict().items())
+
+
+@needs_kernels
+def test_a_cast_restores_the_words_and_what_changes_nothing_does_not() -> None:
+    ours = QuantLinear.from_linear(linear(), SPEC)
+    ours.prepare()
+    assert ours.float().prepared and ours.to("cpu").prepared
+    words = ours.logical().q
+    assert not ours.to(torch.bfloat16).prepared
+    assert ours.scales.dtype == torch.bfloat16 and torch.equal(ours.logical().q, words)
+    moved = QuantLinear.from_linear(linear(), SPEC)
+    moved.prepare()
+    assert moved.to("meta").qweight.is_meta
+
+
+@needs_kernels
+def test_a_prepared_one_becomes_a_float_one() -> None:
+    plain = QuantLinear.from_linear(linear(), SPEC)
+    ours = copy.deepcopy(plain)
+    ours.prepare()
+    assert torch.equal(ours.to_linear(torch.float32).weight, plain.to_linear(torch.float32).weight)
+
+
+@needs_kernels
+def test_a_wrong_backend_is_refused_by_a_prepared_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = QuantLinear.from_linear(linear(), SPEC)
+    ours.prepare()
+    monkeypatch.setenv("TINYCHAT_BACKEND", "nowhere")
+    with pytest.raises(KernelError, match="there is no backend 'nowhere'"):
+        ours(noise(1, 64))

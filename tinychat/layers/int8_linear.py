@@ -49,8 +49,9 @@ class Int8Linear(nn.Module):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
+        registry.asked()  # a wrong name is an error, whatever computes
         flat = x.reshape(-1, self.in_features)
-        out = registry.pick("w8a8_linear")(flat, self.packed, self.bias)
+        out = registry.pick("w8a8_linear", "ref")(flat, self.packed, self.bias)
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
