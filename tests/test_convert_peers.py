@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peer_logits
 import pytest
 import torch
 from packed_folders import packed_folder, without_zero_points
@@ -45,8 +46,9 @@ def test_text(tmp_path: Path, to: str) -> None:
 
 
 @pytest.mark.parametrize("to", PEERS)
-def test_llava(tmp_path: Path, to: str) -> None:
+def test_llava(tmp_path: Path, to: str, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip(PEERS[to])
     source = source_for(to, tmp_path / "source", "vila")
     convert(source, tmp_path / "out", to)
     check(tmp_path / "out", tmp_path / "out", "LlavaForConditionalGeneration")
+    peer_logits.compare(tmp_path / "out", f"VILA folder as {to} by tinychat convert", capfd)
