@@ -187,11 +187,14 @@ def group_of(in_features: int, spec: QuantSpec) -> int:
     raise LayoutError(f"groups of {size} inputs are no multiple of {GROUPS[-1]}: the CPU kernels cannot hold them")
 
 
-def pack(packed: AwqGemm, spec: QuantSpec) -> Packed:
-    """AWQ's GEMM layout -> blocks: the same q, scale and zero. Raises LayoutError for shapes that do not fit."""
+def pack(packed: AwqGemm, spec: QuantSpec, memory: Tensor | None = None) -> Packed:
+    """AWQ's GEMM layout -> blocks, in `memory` of packed_size bytes where it is given: the same q, scale and zero.
+
+    Raises LayoutError for shapes that do not fit.
+    """
     rows, columns = packed.qweight.shape[0], packed.qweight.shape[1] * 8
     spec.check(rows, columns)
-    out = _empty_packed(rows, columns, group_of(rows, spec), 4, _scale_dtype(packed.scales))
+    out = _packed_in(memory, rows, columns, group_of(rows, spec), 4, _scale_dtype(packed.scales))
     qweight, qzeros, scales = (part.contiguous() for part in packed)
     library().tc_pack_w4(
         _weights(out), qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(), spec.group(rows), out.blocks.data_ptr()
@@ -202,16 +205,21 @@ def pack(packed: AwqGemm, spec: QuantSpec) -> Packed:
 def pack_int8(weight: Int8) -> Packed:
     """int8 rows with a scale each -> blocks."""
     rows, columns = weight.weight.shape
-    out = _empty_packed(columns, rows, columns, 8, _scale_dtype(weight.scale))
+    out = _packed_in(None, columns, rows, columns, 8, _scale_dtype(weight.scale))
     _pack_rows(out, weight.weight, weight.scale[:, None], 0)
     return out
 
 
-def quantize_head(weight: Tensor, group: int = HEAD_GROUP) -> Packed:
+def head_group(columns: int, group: int = HEAD_GROUP) -> int:
+    """Inputs that share a scale in a head of this width."""
+    return group if columns % group == 0 else columns
+
+
+def quantize_head(weight: Tensor, group: int = HEAD_GROUP, memory: Tensor | None = None) -> Packed:
     """A float weight `[N, K]`, rounded to int8 with a half-precision scale for each row and group, slice by slice."""
     rows, columns = weight.shape
-    size = group if columns % group == 0 else columns
-    out = _empty_packed(columns, rows, size, 8, torch.float16)
+    size = head_group(columns, group)
+    out = _packed_in(memory, columns, rows, size, 8, torch.float16)
     for start in range(0, rows, SLICE):
         part = weight[start : start + SLICE].float().reshape(-1, columns // size, size)
         if not torch.isfinite(part).all():
@@ -259,8 +267,9 @@ def quantize(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def _empty_packed(inputs: int, outputs: int, group: int, bits: int, scale: torch.dtype) -> Packed:
-    return Packed(empty(packed_size(inputs, outputs, group, bits, scale)), inputs, outputs, group, bits, scale)
+def _packed_in(memory: Tensor | None, inputs: int, outputs: int, group: int, bits: int, scale: torch.dtype) -> Packed:
+    blocks = empty(packed_size(inputs, outputs, group, bits, scale)) if memory is None else memory
+    return Packed(blocks, inputs, outputs, group, bits, scale)
 
 
 def _pack_rows(packed: Packed, values: Tensor, scales: Tensor, start: int) -> None:
