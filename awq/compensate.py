@@ -42,30 +42,30 @@ class Dependence:
 def compensated(weight: Tensor, inputs: Dependence, grid: Logical, rounding: Rounding) -> Logical:
     """Round a weight `[N, K]` to the scales and zeros of `grid`; q is chosen anew."""
     order, factor = inputs.order, inputs.factor
-    group = rounding.spec.group(weight.shape[1])
-    groups = (order // group).cpu()
-    scale, zero = grid.scale.float().T, grid.zero.float().T
-    rest = weight.float()[:, order].contiguous()
+    groups = order // rounding.spec.group(weight.shape[1])
+    rest = weight.float().T[order]
     q = torch.empty_like(rest)
-    for start in range(0, rest.shape[1], BLOCK):
-        end = min(start + BLOCK, rest.shape[1])
+    for start in range(0, len(rest), BLOCK):
+        end = min(start + BLOCK, len(rest))
         places = groups[start:end]
-        steps = scale[:, places], zero[:, places]
-        piece, within = rest[:, start:end], factor[start:end, start:end]
-        q[:, start:end], errors = _round_block(piece, within, steps, rounding.spec.max_q)
-        rest[:, end:] -= errors @ factor[start:end, end:]
-    out = torch.empty_like(q)
-    out[:, order] = q
-    return Logical(out.to(torch.uint8).T.contiguous(), grid.scale, grid.zero)
+        grids = grid.scale[places].float(), grid.zero[places].float()
+        within = factor[start:end, start:end]
+        q[start:end], errors = _round_block(rest[start:end], within, grids, rounding.spec.max_q)
+        rest[end:] -= factor[start:end, end:].T @ errors
+    out = torch.empty_like(grid.q)
+    out[order] = q.to(torch.uint8)
+    return Logical(out, grid.scale, grid.zero)
 
 
-def _round_block(piece: Tensor, factor: Tensor, steps: tuple[Tensor, Tensor], max_q: int) -> tuple[Tensor, Tensor]:
-    """q `[N, B]` of a piece `[N, B]` (which is changed), and each input's error in units of its pivot."""
-    scale, zero = steps
-    q, errors = torch.empty_like(piece), torch.empty_like(piece)
-    for i in range(piece.shape[1]):
-        column = piece[:, i]
-        q[:, i] = (column / scale[:, i] + zero[:, i]).round_().clamp_(0, max_q)
-        errors[:, i] = (column - (q[:, i] - zero[:, i]) * scale[:, i]) / factor[i, i]
-        piece[:, i + 1 :] -= errors[:, i, None] * factor[i, None, i + 1 :]
+def _round_block(rest: Tensor, factor: Tensor, grids: tuple[Tensor, Tensor], max_q: int) -> tuple[Tensor, Tensor]:
+    """q `[B, N]` of some inputs' weights `[B, N]`, and each one's error in units of its pivot.
+
+    An input is brought up to date when its turn comes: vectors of N numbers are worked on, never the whole block.
+    """
+    scale, zero = grids
+    q, errors = torch.empty_like(rest), torch.empty_like(rest)
+    for i, pivot in enumerate(factor.diagonal().tolist()):
+        row = rest[i] - factor[:i, i] @ errors[:i]
+        q[i] = (row / scale[i]).add_(zero[i]).round_().clamp_(0, max_q)
+        errors[i] = row.sub_((q[i] - zero[i]).mul_(scale[i])).div_(pivot)
     return q, errors

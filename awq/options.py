@@ -12,15 +12,13 @@ from tinychat_kernels.layout import QuantSpec
 
 @dataclass(frozen=True)
 class Options:
-    """How to search. The defaults are the paper's (arXiv 2306.00978); from `duo` on the fields go past it or save time.
+    """How to search. Up to `dtype` the defaults are the paper's (arXiv 2306.00978); the others go past it or save time.
 
     scale_grid: exponents tried for the scales; 1 = no scaling
     clip_grid, max_shrink: a group's range is tried at 1, 1 - 1/clip_grid, ..., down to 1 - max_shrink of its own
     clip: whether ranges are clipped at all
     dtype: what scales, norms and biases are stored in; None = as the block's own
     duo: scales weigh the weights' magnitudes against the activations' (x^r / w^(1-r))
-    joint: the clip search runs inside the scale search, once an exponent
-    propagate: `emit` is given the quantized block's outputs, so that the next block is fitted to what it will see
     compensate: what rounding an input does is taken back by those not rounded yet (GPTQ, arXiv 2210.17323)
     loss_tokens: whole sequences of about so many tokens judge the modules that must be run; None = all of them
     sketch_rows: rows that stand for all tokens where a linear has more inputs than that (see awq.calibrate.Sketch);
@@ -33,10 +31,8 @@ class Options:
     max_shrink: float = 0.5
     clip: bool = True
     dtype: torch.dtype | None = None
-    duo: bool = False
-    joint: bool = False
-    propagate: bool = False
-    compensate: bool = False
+    duo: bool = True
+    compensate: bool = True
     loss_tokens: int | None = 2048
     sketch_rows: int = 1024
 

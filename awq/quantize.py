@@ -67,8 +67,7 @@ def quantize_block(
     """Search, round and keep what is better on the inputs; the block then holds the weights that it was rounded to.
 
     inputs: hidden states, a sequence `[T, D]` a tensor, no padding; run(block, `[T, D]`) -> `[T, D]`. They are read
-    once, and once more where options.propagate asks for it. emit(i, `[T, D]`) is given what the next block is to be
-    fitted to: the block's outputs before rounding, or after it with options.propagate.
+    once. emit(i, `[T, D]`) is given the block's outputs before rounding, which the next block is to be fitted to.
     Raises RecipeError, WeightsError and CalibrationError, before the block is changed.
     """
     layers, rounding = _prepare(block, recipe, options, seed)
@@ -76,8 +75,7 @@ def quantize_block(
     groups = [group for group in recipe.groups if _fits(block, group)]
     inspected = {g.inspect: block.get_submodule(g.inspect) for g in groups if g.linears != (g.inspect,)}
     moments = {name: layer.moments for name, layer in layers.items()}
-    before = None if options.propagate else emit
-    sample = collect(block, run, inputs, moments, inspected, options.loss_tokens, before)
+    sample = collect(block, run, inputs, moments, inspected, options.loss_tokens, emit)
     factors, scales = _search_scales(groups, layers, inspected, sample, rounding, options)
 
     nearest = _round(original, layers, Factors(), rounding, None)
@@ -87,9 +85,6 @@ def quantize_block(
     kept = "awq" if awq < rtn else "rtn"  # false for NaN as well
     if kept == "rtn":
         _install(block, nearest)
-    if options.propagate and emit is not None:
-        for i, hidden in enumerate(inputs):
-            emit(i, run(block, hidden))
     result = searched if kept == "awq" else replace(nearest, clips={})
     losses = {name: LinearLoss(nearest.errors[name], searched.errors[name]) for name in layers}
     applied = scales if kept == "awq" else []

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from awq.calibrate import Call, Moments, first_tensor, square_error
-from awq.clip import best_limits
 from awq.options import Options
 from awq.rounding import Rounding, row_chunks
 
@@ -76,7 +75,7 @@ def search_scale(
     """
     best, least = None, torch.inf
     for scale in candidates(layers, options, rounding):
-        weights = [stand_in(layer, scale, rounding, options) for layer in layers]
+        weights = [stand_in(layer, scale, rounding) for layer in layers]
         loss = _replayed(layers, weights, inspection, least) if inspection else _summed(layers, weights)
         if loss < least:
             best, least = scale, loss
@@ -110,16 +109,13 @@ def relative_magnitude(weights: Sequence[Tensor], rounding: Rounding) -> Tensor:
     return total / rows
 
 
-def stand_in(layer: Layer, scale: Tensor, rounding: Rounding, options: Options) -> Tensor:
-    """fp32 `[N, K]`: Q(W s) / s, clipped as well where the two are searched together."""
+def stand_in(layer: Layer, scale: Tensor, rounding: Rounding) -> Tensor:
+    """fp32 `[N, K]`: Q(W s) / s."""
     wide = scale.unflatten(0, (-1, rounding.spec.group(len(scale))))
     out = torch.empty(layer.weight.shape, device=layer.weight.device)
     done = 0
     for rows in row_chunks(layer.weight):
         groups = rounding.groups(rows) * wide
-        if options.joint and layer.clips:
-            limit = best_limits(groups, wide, layer.moments, rounding, options)
-            groups = groups.clamp(-limit, limit)
         out[done : done + len(rows)] = rounding.nearest(groups).div_(wide).flatten(1)
         done += len(rows)
     return out

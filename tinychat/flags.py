@@ -249,11 +249,10 @@ class QuantizeFlags:
         str | None, typer.Option(help="Chat template by name, such as vicuna_v1.", show_default="the checkpoint's")
     ] = None
     clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Search ranges as well as scales.")] = True
-    duo: Annotated[bool, typer.Option("--duo/--no-duo", help="Weigh the weights' magnitudes too.")] = False
-    joint: Annotated[bool, typer.Option("--joint/--no-joint", help="Search ranges and scales together.")] = False
-    propagate: Annotated[
-        bool, typer.Option("--propagate/--no-propagate", help="Show each layer what the quantized ones before it give.")
-    ] = False
+    duo: Annotated[bool, typer.Option("--duo/--no-duo", help="Weigh the weights' magnitudes too.")] = True
+    compensate: Annotated[
+        bool, typer.Option("--compensate/--no-compensate", help="Let weights make up for the rounding of others.")
+    ] = True
     scale_grid: Annotated[int, typer.Option(help="Scales tried.", min=1)] = 20
     loss_tokens: Annotated[int, typer.Option(help="Tokens that judge a scale.", min=1)] = 2048
     search_results: Annotated[

@@ -21,6 +21,7 @@ from tinychat_kernels.layout import QuantSpec, dequantize, quantize
 
 SPEC = QuantSpec(4, 32)
 ROUNDING = Rounding(SPEC, torch.float32)
+PAPER = Options(SPEC, duo=False, compensate=False)
 
 
 def layer_of(linear: nn.Linear, x: Tensor, name: str = "linear", clips: bool = False) -> Layer:
@@ -89,7 +90,7 @@ def test_a_linears_scale_is_the_papers(power: float) -> None:
     weight = linear.weight.detach().clone()
     expected = paper_scales(x)
     losses = [float((x.double() @ (rounded(weight, s) - weight).T).square().sum()) for s in expected]
-    found = search_scale([layer_of(linear, x)], None, ROUNDING, Options(SPEC))
+    found = search_scale([layer_of(linear, x)], None, ROUNDING, PAPER)
     best = expected[losses.index(min(losses))]
     torch.testing.assert_close(torch.ones(64) if found is None else found, best.float(), rtol=1e-5, atol=1e-6)
     assert torch.equal(linear.weight, weight)
@@ -111,7 +112,7 @@ def test_an_inspected_modules_scale_is_the_papers(inspect: str) -> None:
         sample = collect(block, run, inputs, dict.fromkeys(linears, sums), {inspect: module}, None, None)
         hook.remove()
         layers = [Layer(name, m, m.weight.detach(), sums, False) for name, m in linears.items()]  # type: ignore[arg-type]
-        found = search_scale(layers, Inspection(module, sample.calls[inspect]), ROUNDING, Options(SPEC))
+        found = search_scale(layers, Inspection(module, sample.calls[inspect]), ROUNDING, PAPER)
         losses = []
         for s in paper_scales(torch.cat(seen)):
             changed = copy.deepcopy(block)
@@ -143,21 +144,20 @@ def loss_of_module(block: nn.Module, changed: nn.Module, name: str, run: object,
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 999), st.booleans(), st.booleans(), st.sampled_from([3, 4]))
-def test_no_scale_is_worse_than_none(seed: int, duo: bool, joint: bool, bits: int) -> None:
+@given(st.integers(0, 999), st.booleans(), st.sampled_from([3, 4]))
+def test_no_scale_is_worse_than_none(seed: int, duo: bool, bits: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(20, 64, generator=generator) * torch.rand(64, generator=generator).mul(4).exp()
     linear = nn.Linear(64, 8, bias=False)
     nn.init.normal_(linear.weight, generator=generator)
-    options = Options(QuantSpec(bits, 32), duo=duo, joint=joint)
+    options = Options(QuantSpec(bits, 32), duo=duo)
     rounding = replace(ROUNDING, spec=options.spec)
     layer = layer_of(linear, x, clips=True)
     found = search_scale([layer], None, rounding, options)
     scale = torch.ones(64) if found is None else found
     quantized = dequantize(quantize(layer.weight * scale, options.spec)) / scale
     plain = dequantize(quantize(layer.weight, options.spec))
-    if not joint:
-        assert layer.moments.error(quantized - layer.weight) <= layer.moments.error(plain - layer.weight) * (1 + 1e-5)
+    assert layer.moments.error(quantized - layer.weight) <= layer.moments.error(plain - layer.weight) * (1 + 1e-5)
     assert torch.isfinite(scale).all()
     assert float(scale.min()) > 0
 
@@ -181,29 +181,6 @@ def test_silent_inputs_are_no_trouble() -> None:
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     x[:, :40] = 0
     linear = nn.Linear(64, 8, bias=False)
-    scales = list(candidates([layer_of(linear, x)], Options(SPEC), ROUNDING))
+    scales = list(candidates([layer_of(linear, x)], PAPER, ROUNDING))
     assert len(scales) == 20
     assert all(torch.isfinite(scale).all() and float(scale.min()) > 0 for scale in scales)
-
-
-def test_joint_search_sees_the_clipping() -> None:
-    """It may choose another scale, and its clipped and rounded weights are then at least as good."""
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(60, 64, generator=generator) * torch.rand(64, generator=generator).mul(4).exp()
-    linear = nn.Linear(64, 16, bias=False)
-    nn.init.normal_(linear.weight, generator=generator)
-    with torch.no_grad():
-        linear.weight[:, ::7] *= 6
-    layer, three = layer_of(linear, x, clips=True), QuantSpec(3, 32)
-
-    def loss(joint: bool) -> float:
-        from awq.clip import clipped, search_clip
-
-        options, rounding = Options(three, joint=joint), Rounding(three, torch.float32)
-        found = search_scale([layer], None, rounding, options)
-        scale = torch.ones(64) if found is None else found
-        w = layer.weight * scale
-        w = clipped(w, search_clip(w, scale, layer.moments, rounding, options))
-        return layer.moments.error(dequantize(rounding.logical(w)) / scale - layer.weight)
-
-    assert loss(joint=True) < loss(joint=False)

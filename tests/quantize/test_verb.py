@@ -97,9 +97,9 @@ def test_cut_off_it_says_how_to_go_on(model, tmp_path, capfd, monkeypatch, numbe
 
 
 def test_the_command_to_go_on_holds_what_was_given():
-    flags = QuantizeFlags("M", "O U T", calib=["a", "b c"], clip=False, duo=True, bits=3, pseudo=True, dry_run=True)
+    flags = QuantizeFlags("M", "O U T", calib=["a", "b c"], clip=False, duo=False, bits=3, pseudo=True, dry_run=True)
     words = verb.command(flags)
-    assert words == "tinychat quantize M 'O U T' --bits 3 --pseudo --calib a --calib 'b c' --no-clip --duo --resume"
+    assert words == "tinychat quantize M 'O U T' --bits 3 --pseudo --calib a --calib 'b c' --no-clip --no-duo --resume"
 
 
 @pytest.mark.parametrize(

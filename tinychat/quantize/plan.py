@@ -28,6 +28,8 @@ COPIES = 4.5  # of a layer in float32: as it came, installed, rounded in two way
 LARGEST = 4.0  # further copies of its largest linear, while rounding it is tried
 ROUNDINGS = 8.0  # of a layer's weights, besides those of the grids: the cost of stand-ins and errors
 SUMMED = 0.3  # of a layer's weights are judged by sums over the tokens at each step of the grid
+INVERTED = 4.0  # matrices of a linear's inputs at once, while they are inverted and factored
+INVERSION = 4.0  # operations a number of such a matrix and row: two factors and an inverse
 FREE_SHARE = 0.9  # of the free memory may be used where --max-ram does not say
 COPIED = 4  # pieces of a tensor at once, as it is copied
 TABLES = 4 * 2**20  # bytes of the manifest, configs and the log
@@ -137,14 +139,20 @@ def _search_bytes(job: Job, source: Source, longest: int) -> int:
     """Sums over the tokens, the sequences that modules are run on, and one pass of a sequence through the layer."""
     text, options = source.config.text, job.search_options()
     heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
-    widths = {text.hidden_size, text.num_attention_heads * text.head_dim, text.intermediate_size}
-    sums = sum(
-        width * (min(width, options.sketch_rows) + job.spec.group(width)) for width in [*widths, text.hidden_size]
-    )
+    widths, kept = _widths(source), 2**62 if options.compensate else options.sketch_rows
+    sums = sum(width * (min(width, kept) + job.spec.group(width)) for width in [*widths, text.hidden_size])
+    if options.compensate:
+        sums += INVERTED * max(widths) ** 2
     sample = (options.loss_tokens or 2**62) + longest
     sample = min(sample, job.calibration.samples * longest) * 8 * text.hidden_size
     passing = longest * (6 * text.hidden_size + 2 * heads + 4 * text.intermediate_size)
     return FLOAT * (sums + sample + passing)
+
+
+def _widths(source: Source) -> tuple[int, int, int]:
+    """Inputs of the linears of a layer: of the first and the gated ones, of attention's last, of the MLP's last."""
+    text = source.config.text
+    return text.hidden_size, text.num_attention_heads * text.head_dim, text.intermediate_size
 
 
 def front_bytes(source: Source, data: Data | None, stream: bool) -> int:
@@ -218,13 +226,22 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     if data is None:
         return spent + weights * _timed(_rounding, job.device)
     options = job.search_options()
-    grid, clips = options.scale_grid * (1 + options.duo), (options.clip_grid * options.max_shrink + 1) * options.clip
+    grid, clips = options.scale_grid, (options.clip_grid * options.max_shrink + 1) * options.clip
     tokens, sample = sum(data.lengths), min(sum(data.lengths), options.loss_tokens or 2**62)
-    passes = tokens * (2 + options.propagate) + sample * (grid + 2)
+    passes = tokens * 2 + sample * (grid + 2)
     sums = options.sketch_rows * (2 + SUMMED * grid) + max(job.spec.group_size, 32) * clips
     products = 2 * weights * (passes + sums) + _vision_flops(source, data)
+    if options.compensate:
+        products += _compensation_flops(source, tokens)
     rounds = weights * (grid + clips + ROUNDINGS)
     return spent + products * _timed(_product, job.device) + rounds * _timed(_rounding, job.device)
+
+
+def _compensation_flops(source: Source, tokens: int) -> float:
+    """Products of all inputs of a linear, their inverse and its factor, and what each rounding changes in the rest."""
+    widths = [*_widths(source), source.config.text.hidden_size]
+    inputs = source.layers * sum(2 * tokens * width**2 + INVERSION * width**3 for width in widths)
+    return inputs + sum(rows * columns**2 for rows, columns in linears(source).values())
 
 
 def _vision_flops(source: Source, data: Data) -> int:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tinychat.flags import QuantizeFlags
 
 Say = Callable[[str], None]
-SEARCH = ("clip", "duo", "joint", "propagate", "scale_grid", "loss_tokens")
+SEARCH = ("clip", "duo", "compensate", "scale_grid", "loss_tokens")
 STAGES = {"load": "reading the model's files", "vision": "reading the calibration data", "quantize": "quantizing"}
 
 
