@@ -240,12 +240,12 @@ class _Exam:
     def _prepare(self, engine: Engine) -> None:
         """What all models are asked, drawn once, when the first one tells what it can read."""
         if self.items is None or self.probes is None:
-            sees, plan = _sees(engine), self.plan
+            plan, pictures = self.plan, sees(engine.processor)
             self.dtype = str(_module(engine).dtype).removeprefix("torch.")
-            self.items = _items(plan, engine) if {"divergence", "ppl"} & {*plan.measures} else []
-            asked = probes.draw_probes(plan.heldout, plan.per_kind) if sees and "probes" in plan.measures else ()
+            self.items = items_for(plan, engine.processor) if {"divergence", "ppl"} & {*plan.measures} else []
+            asked = probes.draw_probes(plan.heldout, plan.per_kind) if pictures and "probes" in plan.measures else ()
             self.probes = [probes.pose(probe) for probe in asked]
-            if not sees:
+            if not pictures:
                 self.leave_out(TEXT_ONLY)
 
     def _step(self) -> Progress:
@@ -279,17 +279,17 @@ class _Exam:
         if self.weight is None:
             return {"layers": fidelity.joined(outputs, ())}
         weights = list(fidelity.compare_weights(_module(engine), self.weight))
-        others = fidelity.compare_others(_module(engine), self.weight)
+        others = fidelity.compare_others(fidelity.weights_in(_module(engine)), self.weight)
         return {"layers": fidelity.joined(outputs, weights), "others": others}
 
     def _perplexity(self, subject: Subject, engine: Engine) -> Generator[Progress | Note, None, float | None]:
         if "ppl" not in self.plan.measures:
             return None
-        if (text := _text(self.plan)) is None:
+        if (text := text_for(self.plan)) is None:
             found = self._of_answers(engine)
         else:
             name, words = text
-            ids, seqlen = text_ids(engine.processor, words), _seqlen(self.plan, engine.processor)
+            ids, seqlen = text_ids(engine.processor, words), seqlen_for(self.plan, engine.processor)
             found = perplexity(_module(engine), ids, seqlen)
             digest = hashlib.sha256(words.encode()).hexdigest()
             self.text = {"text": name, "text_sha256": digest, "seqlen": seqlen, "windows": windows_in(ids, seqlen)}
@@ -325,24 +325,25 @@ def _module(engine: Engine) -> Any:
     return engine.model
 
 
-def _sees(engine: Engine) -> bool:
-    return engine.processor.image_processor is not None and bool(engine.processor.tokens_per_image)
+def sees(processor: Processor) -> bool:
+    """Whether a model can be shown pictures."""
+    return processor.image_processor is not None and bool(processor.tokens_per_image)
 
 
-def _items(plan: CardPlan, engine: Engine) -> list[Item]:
+def items_for(plan: CardPlan, processor: Processor) -> list[Item]:
     """The held-out items that the model can read."""
-    sees = _sees(engine)
-    return [item for item in plan.data.items(plan.per_kind) if sees or item.kind == "text"]
+    pictures = sees(processor)
+    return [item for item in plan.data.items(plan.per_kind) if pictures or item.kind == "text"]
 
 
-def _text(plan: CardPlan) -> tuple[str, str] | None:
+def text_for(plan: CardPlan) -> tuple[str, str] | None:
     """The name and the words of the caller's text, else of the held-out set's own; None where it has none."""
     if plan.text is not None:
         return plan.text.name, read_text(plan.text)
     return None if plan.data.text is None else (f"held-out text, set {plan.heldout}", plan.data.text)
 
 
-def _seqlen(plan: CardPlan, processor: Processor) -> int:
+def seqlen_for(plan: CardPlan, processor: Processor) -> int:
     """The window asked for, else the usual one. Raises UsageError beyond what the positions are made for."""
     longest = processor.config.text.max_position_embeddings
     if plan.seqlen is not None and plan.seqlen > longest:

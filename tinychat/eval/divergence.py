@@ -80,7 +80,8 @@ class Estimate:
 class Divergence:
     """Over `tokens` predictions in `answers` sequences; `first` holds each answer's first diverging token or None.
 
-    `kl_along` is the mean KL at each place of the answers, `same_along` the share that has not diverged by then.
+    `kl_along` is the mean KL at each place of the answers, `same_along` the share that has not diverged by then. All
+    three are empty where no answer was generated.
     """
 
     tokens: int
@@ -93,13 +94,15 @@ class Divergence:
     same_along: tuple[float, ...]
 
     @property
-    def unchanged(self) -> float:
-        """The share of greedy answers that do not diverge."""
-        return self.first.count(None) / self.answers
+    def unchanged(self) -> float | None:
+        """The share of greedy answers that do not diverge; None where none was generated."""
+        return self.first.count(None) / self.answers if self.first else None
 
     @property
     def median_first(self) -> int | None:
-        """The median first diverging token; None where at least half of the answers never diverge."""
+        """The median first diverging token; None where at least half of the answers, or all, never diverge."""
+        if not self.first:
+            return None
         ranked = sorted(float("inf") if first is None else first for first in self.first)
         middle = ranked[(len(ranked) - 1) // 2]
         return None if middle == float("inf") else int(middle)
@@ -114,13 +117,13 @@ def continued(engine: Engine, item: Item) -> Held:
         if isinstance(event, Finished):
             ids = event.token_ids
             answered = len(ids) + (event.finish_reason == "eos")  # where it ends is predicted too
-            asked = _text_positions(prompt) if item.reads_prompt else ()
+            asked = text_positions(prompt) if item.reads_prompt else ()
             last = len(prompt.ids) - 1
             return Held(item.kind, prompt, ids, (*asked, *range(last, last + answered)), answered, _vocabulary(engine))
     raise ModelError("the engine ended without an answer", "report this as a bug")
 
 
-def _text_positions(prompt: Prompt) -> tuple[int, ...]:
+def text_positions(prompt: Prompt) -> tuple[int, ...]:
     """The positions before the last whose next token is text."""
     inside = {i for slot in prompt.slots for i in range(slot.start, slot.end)}
     return tuple(i for i in range(len(prompt.ids) - 1) if i + 1 not in inside)
@@ -137,9 +140,14 @@ def read(engine: Engine, sequence: Held) -> Reading:
         out = model(inputs_embeds=embed_rest(engine.model, whole, 0, features), output_hidden_states=True)
         logits = out.logits[0, list(sequence.scored)].cpu()
         outputs = torch.stack([state[0].cpu() for state in out.hidden_states[1:]])
+    check_finite(logits)
+    return Reading(logits, outputs)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raises ModelError for NaN or Inf."""
     if not torch.isfinite(logits).all():
         raise ModelError("the model gives NaN or Inf on held-out data", "check its weights")
-    return Reading(logits, outputs)
 
 
 def check_same_tokens(engine: Engine, item: Item, sequence: Held) -> None:
@@ -186,17 +194,18 @@ def compare(sequence: Held, base: dict[str, Tensor], logits: Tensor) -> Compared
 
 
 def summarize(compared: Sequence[Compared], seed: int = 0) -> Divergence:
-    """One figure each over all sequences."""
+    """One figure each over all sequences; answers of their own have all of them, or none."""
     kls, sames = [item.kl for item in compared], [item.same for item in compared]
+    answers = [item for item in compared if item.answered]
     return Divergence(
         tokens=sum(map(len, kls)),
         answers=len(compared),
         kl=bootstrap(kls, np.mean, seed),
         kl_p99=bootstrap(kls, lambda values: np.quantile(values, 0.99), seed),
         top1=bootstrap(sames, np.mean, seed),
-        first=tuple(item.first for item in compared),
-        kl_along=_along([item.kl[len(item.kl) - item.answered :] for item in compared]),
-        same_along=_survival([item.first for item in compared], max(item.answered for item in compared)),
+        first=tuple(item.first for item in answers),
+        kl_along=_along([item.kl[len(item.kl) - item.answered :] for item in answers]),
+        same_along=_survival([item.first for item in answers], max((item.answered for item in answers), default=0)),
     )
 
 
@@ -211,7 +220,7 @@ def bootstrap(groups: Sequence[np.ndarray], figure: Any, seed: int = 0) -> Estim
 
 def _along(rows: Sequence[np.ndarray]) -> tuple[float, ...]:
     """The mean over the rows that are long enough, place by place."""
-    longest = max(map(len, rows))
+    longest = max(map(len, rows), default=0)
     return tuple(float(np.mean([row[i] for row in rows if len(row) > i])) for i in range(longest))
 
 

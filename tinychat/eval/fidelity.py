@@ -83,24 +83,29 @@ def compare_weights(model: nn.Module, base: Weight) -> Iterator[tuple[Fidelity, 
     layers = model.get_submodule(LAYERS)
     assert isinstance(layers, nn.ModuleList)
     for number, layer in enumerate(layers):
-        sums, each = torch.zeros(4, dtype=torch.float64), dict[str, float]()
-        for name, module in _linears(layer):
-            part = _weight_sums(name, weight_of(module), base(f"{LAYERS}.{number}.{name}"))
-            each[name.rpartition(".")[2]] = _fidelity(part).sqnr_db
-            sums += part
-        yield _fidelity(sums), each
+        yield compare_layer(layer, lambda name, number=number: base(f"{LAYERS}.{number}.{name}"))
 
 
-def compare_others(model: nn.Module, base: Weight) -> dict[str, Fidelity]:
+def compare_layer(layer: nn.Module, base: Weight) -> tuple[Fidelity, dict[str, float]]:
+    """The weights of one layer against the original's, which `base` gives by their names in the layer."""
+    sums, each = torch.zeros(4, dtype=torch.float64), dict[str, float]()
+    for name, module in _linears(layer):
+        part = _weight_sums(name, weight_of(module), base(name))
+        each[name.rpartition(".")[2]] = _fidelity(part).sqnr_db
+        sums += part
+    return _fidelity(sums), each
+
+
+def compare_others(ours: Weight, base: Weight) -> dict[str, Fidelity]:
     """What of head and embeddings is another than in the original, beyond a rounding to 16 bits, by name.
 
     Raises ModelError where the two models have other sizes.
     """
     found: dict[str, Fidelity] = {}
     for name in OTHERS:
-        ours, theirs = weight_of(model.get_submodule(name)), base(name)
-        _check_sizes(name, ours, theirs)
-        pairs = list(zip(ours.split(ROWS), theirs.split(ROWS), strict=True))
+        here, there = ours(name), base(name)
+        _check_sizes(name, here, there)
+        pairs = list(zip(here.split(ROWS), there.split(ROWS), strict=True))
         if not all(_rounds_to(x, y) for x, y in pairs):
             sums = [_sums(x.float().cpu(), y.float().cpu()) for x, y in pairs]
             found[name.rpartition(".")[2]] = _fidelity(torch.stack(sums).sum(0))

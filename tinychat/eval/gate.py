@@ -97,7 +97,7 @@ def figures(card: Card | None, scores: Iterable[Mapping[str, Any]] = ()) -> dict
 Getter = Callable[[Column, Column | None], float | None]
 
 
-def _of_divergence(of: Callable[[Any], float]) -> Getter:
+def _of_divergence(of: Callable[[Any], float | None]) -> Getter:
     return lambda column, _: of(column.divergence["all"]) if column.divergence else None
 
 

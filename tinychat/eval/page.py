@@ -106,8 +106,8 @@ def _divergence_lines(kind: str) -> Iterator[tuple[str, Cell]]:
         ("KL divergence a token, mean", lambda d: _between(d.kl)),
         ("same likeliest token", lambda d: _between(d.top1, 100, " %")),
         ("KL divergence a token, 99th percentile", lambda d: _between(d.kl_p99)),
-        ("greedy answers unchanged", lambda d: f"{100 * d.unchanged:.0f} %"),
-        ("first diverging token, median", lambda d: _first(d.median_first)),
+        ("greedy answers unchanged", lambda d: "" if d.unchanged is None else f"{100 * d.unchanged:.0f} %"),
+        ("first diverging token, median", lambda d: _first(d.median_first) if d.first else ""),
     )
     for label, of in lines if kind == "all" else lines[:2]:
         name = label if kind == "all" else f"{label}, {kind}"
@@ -158,8 +158,7 @@ def foot(card: Card) -> list[str]:
         if column.layers:
             noise = [10 ** (-layer.output.sqnr_db / 20) for layer in column.layers]
             lines.append(f"{column.title}: error of the layers' outputs, first to last   {sparkline(noise)}")
-        if column.divergence:
-            along = column.divergence["all"].kl_along
+        if column.divergence and (along := column.divergence["all"].kl_along):
             lines.append(f"{column.title}: KL divergence along the answers, token by token   {sparkline(along)}")
     return [*lines, *card.left_out]
 

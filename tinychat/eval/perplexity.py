@@ -35,30 +35,50 @@ def perplexity(model: LanguageModel, ids: Sequence[int], seqlen: int) -> float:
     A window's first token is context alone, and no window sees another. Raises UsageError for a text shorter than one
     window, ModelError where the model gives NaN.
     """
+    windows = split(ids, seqlen)
+    total = math.fsum(_window_loss(model, window) for window in windows)
+    return exponential(total, len(windows) * (seqlen - 1))
+
+
+def split(ids: Sequence[int], seqlen: int) -> list[Sequence[int]]:
+    """The whole windows of a text. Raises UsageError where there is none."""
     if seqlen < 2:
         raise UsageError(f"a window of {seqlen} tokens predicts nothing", "give --seqlen 2 or more")
     if len(ids) < seqlen:
         remedy = f"give a longer text, or --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
         raise UsageError(f"the text has {len(ids)} tokens, one window takes {seqlen}", remedy)
-    windows = torch.tensor(ids[: windows_in(ids, seqlen) * seqlen], device=model.device).view(-1, seqlen)
-    total = math.fsum(_window_loss(model, window) for window in windows)
-    return _exponential(total / (len(windows) * (seqlen - 1)))
+    return [ids[start : start + seqlen] for start in range(0, windows_in(ids, seqlen) * seqlen, seqlen)]
 
 
 def answer_perplexity(engine: Engine, items: Iterable[Item]) -> float:
     """exp of the mean negative log-likelihood of the right answers' tokens, each after its prompt and pictures."""
     total, tokens = 0.0, 0
     for item in items:
-        prompt, text = engine.processor(item.request), engine.processor.marked
-        answer = tuple(text.encode(text.quote(item.answer or "")))
-        last = len(prompt.ids) - 1
-        held = Held(item.kind, prompt, answer, tuple(range(last, last + len(answer))), len(answer), 0)
-        total += float(cross_entropy(read(engine, held).logits.float(), torch.tensor(answer), reduction="sum"))
-        tokens += len(answer)
-    return _exponential(total / tokens)
+        held = answered(engine.processor, item)
+        total += loss(read(engine, held).logits, held.answer)
+        tokens += len(held.answer)
+    return exponential(total, tokens)
 
 
-def _exponential(mean: float) -> float:
+def answered(processor: Processor, item: Item) -> Held:
+    """An item with the right answer, whose tokens are predicted."""
+    prompt, text = processor(item.request), processor.marked
+    answer = tuple(text.encode(text.quote(item.answer or "")))
+    last = len(prompt.ids) - 1
+    scored = tuple(range(last, last + len(answer)))
+    return Held(item.kind, prompt, answer, scored, len(answer), processor.config.text.vocab_size)
+
+
+def loss(logits: Tensor, targets: Sequence[int]) -> float:
+    """logits `[P, V]` -> the sum of P negative log-likelihoods."""
+    ids = torch.tensor(targets, device=logits.device)
+    pieces = zip(logits.split(ROWS), ids.split(ROWS), strict=True)
+    return math.fsum(float(cross_entropy(rows.float(), some, reduction="sum")) for rows, some in pieces)
+
+
+def exponential(total: float, tokens: int) -> float:
+    """exp of the mean of losses. Raises ModelError for NaN."""
+    mean = total / tokens
     if math.isnan(mean):
         raise ModelError("the model's likelihood of the text is not a number", "check its weights")
     return math.exp(mean) if mean < 700 else math.inf
@@ -69,12 +89,11 @@ def windows_in(ids: Sequence[int], seqlen: int) -> int:
     return len(ids) // seqlen
 
 
-def _window_loss(model: LanguageModel, window: Tensor) -> float:
+def _window_loss(model: LanguageModel, window: Sequence[int]) -> float:
     """window `[T]` -> the sum of T - 1 negative log-likelihoods."""
     with running():
-        logits = model(input_ids=window[None]).logits[0]
-        pieces = zip(logits[:-1].split(ROWS), window[1:].split(ROWS), strict=True)
-        return math.fsum(float(cross_entropy(rows.float(), ids, reduction="sum")) for rows, ids in pieces)
+        logits = model(input_ids=torch.tensor([window], device=model.device)).logits[0]
+        return loss(logits[:-1], window[1:])
 
 
 def text_ids(processor: Processor, text: str) -> tuple[int, ...]:
