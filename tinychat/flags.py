@@ -228,6 +228,9 @@ class QuantizeFlags:
     method: Annotated[str, typer.Option(help="awq: search what the weights can bear; rtn: round to the nearest.")] = (
         "awq"
     )
+    vision: Annotated[
+        str, typer.Option(help="16bit: the vision tower stays; w8a8: 8-bit weights and activations, smoothed.")
+    ] = "16bit"
     bits: Annotated[int, typer.Option(help="Bits a weight; other than 4 with --pseudo alone.")] = 4
     group_size: Annotated[int, typer.Option(help="Weights a scale: 32, 64 or 128; -1 is a row.")] = 128
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False

@@ -40,14 +40,14 @@ OTHER = "take a model whose vision tower has 16 bits, or 8 bits by channel and b
 
 
 def quantization(spared: Sequence[str]) -> Json:
-    """The quantization_config of a tower; the linears of `spared`, by their names on disk, are in 16 bit."""
+    """The quantization_config of a tower; the linears of `spared`, named from its encoder, are in 16 bit."""
     scheme = {"targets": ["Linear"], "weights": dict(WEIGHTS), "input_activations": dict(ACTIVATIONS)}
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {**scheme, "output_activations": None, "format": FORMAT}},
-        "ignore": [*spared, "re:.*[.]head[.].*"],
+        "ignore": [*(f"re:.*[.]{name.replace('.', '[.]')}$" for name in spared), "re:(.*[.])?head[.].*"],
         "kv_cache_scheme": None,
     }
 

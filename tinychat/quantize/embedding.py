@@ -73,11 +73,15 @@ class Embedder:
 
 
 def fill(module: nn.Module, index: Index, device: torch.device) -> None:
-    """Give a module's parameters the values of an index, in float32."""
+    """Give a module the values of an index: parameters in float32, 8-bit weights and their scales as they are."""
     for name, tensor in index.stream():
         parent, _, leaf = name.rpartition(".")
-        value = tensor.to(device, torch.float32, copy=True)
-        setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+        owner = module.get_submodule(parent)
+        if leaf in dict(owner.named_buffers(recurse=False)):
+            setattr(owner, leaf, tensor.to(device, copy=True))
+        else:
+            value = tensor.to(device, torch.float32, copy=True)
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _filler(weights: Index, device: torch.device) -> Callable[[nn.Module, object], None]:
@@ -90,7 +94,7 @@ def _emptied(module: nn.Module, _args: object, _output: object) -> None:
 
 def _front(source: Source, device: torch.device) -> VilaLlamaForCausalLM:
     """The model without decoder layers, on the meta device but for what is filled."""
-    model = empty_model(source.config, torch.float32)
+    model = empty_model(source.config, torch.float32, int8=source.int8)
     model.llm.model.layers = nn.ModuleList()
     model.set_submodule("llm.model.embed_tokens", Rows(source.index, device))
     return model.eval()

@@ -10,8 +10,9 @@ from awq.save import Work
 from tinychat.config import read_json
 from tinychat.quantize.calibration import Data
 from tinychat.quantize.fingerprint import versions
-from tinychat.quantize.job import SPARED, Job
+from tinychat.quantize.job import Job, spared
 from tinychat.quantize.output import BLOCK
+from tinychat.quantize.tower import facts_of_tower
 
 SCHEMA = "tinychat.quantize/1"
 FACTS = "quantize.json"
@@ -21,7 +22,8 @@ ON_CARD = ("model", "format", "options", "calibration", "fallbacks", "spared", "
 def facts_of(job: Job, layout: str, data: Data | None, work: Work) -> dict[str, Any]:
     """All of it; but for wall time and memory the same for every run."""
     layers = [dict(work.parts[name].facts) for name in sorted(work.parts) if name.startswith(BLOCK)]
-    wall = sum(layer.pop("seconds") for layer in layers) + sum(work.notes.values())
+    tower, spent = facts_of_tower(work)
+    wall = spent + sum(layer.pop("seconds") for layer in layers) + sum(work.notes.values())
     return {
         "schema": SCHEMA,
         "model": job.name or job.folder.name,
@@ -30,8 +32,9 @@ def facts_of(job: Job, layout: str, data: Data | None, work: Work) -> dict[str, 
         "options": job.options,
         "calibration": _calibration(job, data) if data else None,
         "layers": layers,
+        "vision": tower if job.vision == "w8a8" else None,
         "fallbacks": [i for i, layer in enumerate(layers) if job.searches and layer["kept"] == "rtn"],
-        "spared": list(SPARED[layout]),
+        "spared": list(spared(job, layout)),
         "versions": versions(),
         "fingerprint": work.fingerprint,
         "wall_s": round(wall, 3),

@@ -18,11 +18,14 @@ from awq.save import sha256
 from tinychat.quantize.job import Job, Source
 from tinychat.quantize.output import carried
 
-CODE = ("awq", "tinychat_kernels/layout.py", "tinychat_kernels/words.py", "tinychat/layers", "tinychat/models")
+CODE = ("awq", *(f"tinychat_kernels/{name}.py" for name in ("layout", "words", "int8", "ref")))
 OURS = (
+    "tinychat/layers",
+    "tinychat/models",
     "tinychat/quantize/blocks.py",
     "tinychat/quantize/embedding.py",
     "tinychat/quantize/states.py",
+    "tinychat/quantize/tower.py",
     "tinychat/search_results.py",
 )
 

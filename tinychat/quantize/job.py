@@ -23,7 +23,10 @@ from tinychat_kernels.layout import QuantSpec
 
 Method = Literal["awq", "rtn"]
 METHODS = ("awq", "rtn")
+Vision = Literal["16bit", "w8a8"]
+VISIONS = ("16bit", "w8a8")
 LAYER = re.compile(r"llm\.model\.layers\.(\d+)\.(.+)")
+TOWER_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(.+)")
 HALVES = (torch.float16, torch.bfloat16)
 SPARED = {  # layout -> modules that stay in 16 bit, as the config of the checkpoint names them
     "vila": ("vision_tower", "mm_projector", "lm_head"),
@@ -59,6 +62,7 @@ class Job:
     out: Path
     name: str = ""
     method: Method = "awq"
+    vision: Vision = "16bit"
     spec: QuantSpec = field(default_factory=QuantSpec)
     pseudo: bool = False
     search: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -71,6 +75,12 @@ class Job:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"--method is {self.method!r}", f"give {' or '.join(METHODS)}")
+        if self.vision not in VISIONS:
+            raise UsageError(f"--vision is {self.vision!r}", f"give {' or '.join(VISIONS)}")
+        if self.vision == "w8a8" and self.pseudo:
+            raise UsageError(
+                "--pseudo writes 16-bit weights, and --vision w8a8 asks for 8-bit ones", "give one of them"
+            )
         try:
             self.search_options()
         except AwqError as error:
@@ -122,14 +132,14 @@ class Job:
             given = self.search_options()
             kept = [field.name for field in fields(given) if field.name not in ("spec", "dtype")]
             searched = {name: getattr(given, name) for name in kept}
-        return {"method": self.method, **asdict(self.spec), "pseudo": self.pseudo, **searched}
+        return {"method": self.method, "vision": self.vision, **asdict(self.spec), "pseudo": self.pseudo, **searched}
 
 
 @dataclass(frozen=True)
 class Source:
     """An opened model: its config, its tensors by the names in memory, and all of them by their names on disk.
 
-    `given`: what a search found before, checked against the model.
+    `given`: what a search found before, checked against the model. `int8` names the tower's 8-bit linears.
     """
 
     folder: Path
@@ -137,6 +147,7 @@ class Source:
     index: Index
     raw: Index
     given: SearchResults | None = None
+    int8: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> int:
@@ -150,6 +161,16 @@ class Source:
         """The dtype that a tensor is written in: its own, 16 bit for wider floats."""
         wide = entry.dtype.is_floating_point and entry.dtype not in HALVES
         return torch.float16 if wide else entry.dtype
+
+
+def tower_layer(i: int) -> str:
+    """The beginning of the names of a tower's layer."""
+    return f"vision_tower.vision_model.encoder.layers.{i}."
+
+
+def spared(job: Job, layout: str) -> tuple[str, ...]:
+    """The modules that stay in 16 bit."""
+    return tuple(name for name in SPARED[layout] if not (name == "vision_tower" and job.vision == "w8a8"))
 
 
 def part(index: Index, prefix: str) -> Index:
@@ -166,7 +187,11 @@ def open_job(job: Job) -> Source:
     opened = load.open_source(job.folder)
     if opened.spec is not None:
         raise ModelError(f"{job.folder} is quantized to {opened.spec.bits} bits already", "give the 16-bit model")
+    if opened.int8:
+        raise ModelError(f"the vision tower of {job.folder} is quantized to 8 bits already", "give the 16-bit model")
     config = opened.config
+    if job.vision == "w8a8":
+        _check_tower(job, config)
     given = None if job.search_results is None else read_search(job.search_results)
     source = Source(job.folder, config, opened.index, load.open_index(job.folder, config), given)
     empty = load.empty_model(config, torch.float32)
@@ -179,6 +204,16 @@ def open_job(job: Job) -> Source:
     if given is not None:
         check_search(given, empty, source.layers, job.spec)
     return source
+
+
+def _check_tower(job: Job, config: VilaConfig) -> None:
+    """Raise ModelError where no config of the layout can say that the tower is in 8 bits beside a 4-bit decoder."""
+    if config.vision is None:
+        raise ModelError(f"{job.folder} has no vision tower", "leave out --vision w8a8")
+    if config.layout != "vila" or not (job.folder / "vision_tower" / "config.json").is_file():
+        message = "a config.json for decoder and tower together cannot say that one is awq and the other w8a8"
+        remedy = "quantize a VILA folder (llm/, vision_tower/, mm_projector/), or leave the tower at --vision 16bit"
+        raise ModelError(message, remedy)
 
 
 def linears(source: Source) -> dict[str, tuple[int, int]]:

@@ -12,8 +12,10 @@ from typing import Any
 from awq.save import Work, sync
 from tinychat.checkpoint import rename
 from tinychat.config import read_json
+from tinychat.int8_tower import quantization as int8_quantization
 from tinychat.layouts import quantization_config
-from tinychat.quantize.job import HALVES, LAYER, SPARED, Job, Source
+from tinychat.quantize.job import HALVES, LAYER, SPARED, TOWER_LAYER, Job, Source
+from tinychat.quantize.tower import spared_linears, tower_part
 from tinychat.quantize.writing import Copy, write_sharded
 from tinychat.weight_files import Entry, entries_of
 from tinychat_kernels.formats import GEMM
@@ -42,6 +44,8 @@ def assemble(job: Job, source: Source, work: Work, folder: Path) -> None:
         write_sharded(copies, folder / place)
     _carry_files(source, folder)
     _write_configs(job, source, folder)
+    if job.vision == "w8a8":
+        _write_tower_config(work, folder / TOWER)
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -55,22 +59,30 @@ def publish(folder: Path, out: Path) -> None:
 def _placed(job: Job, source: Source, work: Work) -> dict[Path, list[Copy]]:
     """The tensors of the finished checkpoint by the folder that holds them, in the order of the source."""
     placed: defaultdict[Path, list[Copy]] = defaultdict(list)
-    blocks: set[int] = set()
+    written: set[str] = set()
     for name in source.raw.names():
         entry = source.raw.entry(name)
-        match = LAYER.fullmatch(rename(name, source.config.layout))
-        if match is None or rename(name, source.config.layout) not in source.index:
+        part, inner = _part_of(rename(name, source.config.layout), source, work)
+        if not part:
             placed[_place(source, entry)].append(Copy(entry.key, entry, source.stored(entry)))
-        elif (i := int(match[1])) not in blocks:
-            blocks.add(i)
-            prefix = entry.key.removesuffix(match[2])
-            placed[_place(source, entry)] += _block(work, i, prefix)
+        elif part not in written:
+            written.add(part)
+            placed[_place(source, entry)] += _layer(work, part, entry.key.removesuffix(inner))
     return placed
 
 
-def _block(work: Work, i: int, prefix: str) -> Iterator[Copy]:
+def _part_of(name: str, source: Source, work: Work) -> tuple[str, str]:
+    """The part of the work that holds a tensor's layer, and its name from there; nothing where it stays as it is."""
+    if (match := LAYER.fullmatch(name)) and name in source.index:
+        return block_name(int(match[1])), match[2]
+    if (match := TOWER_LAYER.fullmatch(name)) and (part := tower_part(int(match[1]))) in work.parts:
+        return part, match[2]
+    return "", ""
+
+
+def _layer(work: Work, part: str, prefix: str) -> Iterator[Copy]:
     """A layer's tensors in its part, under the names that the checkpoint gives to the layer."""
-    entries = entries_of(work.folder / work.parts[block_name(i)].file, [])
+    entries = entries_of(work.folder / work.parts[part].file, [])
     for name in sorted(entries):
         yield Copy(prefix + name, entries[name], entries[name].dtype)
 
@@ -119,6 +131,12 @@ def _write_configs(job: Job, source: Source, folder: Path) -> None:
                 layout = source.config.layout
                 content["quantization_config"] = quantization_config(GEMM, job.spec, SPARED[layout], layout)
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tower_config(work: Work, home: Path) -> None:
+    """The tower's own config says that it has 8 bits."""
+    content = {**read_json(home / "config.json"), "quantization_config": int8_quantization(spared_linears(work))}
+    (home / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _was_wide(source: Source) -> bool:

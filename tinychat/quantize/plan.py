@@ -15,16 +15,20 @@ from typing import Any
 import psutil
 import torch
 
+from awq.smooth import SmoothOptions
 from tinychat import planner
 from tinychat.config import VisionConfig
 from tinychat.errors import CapacityError
 from tinychat.quantize.calibration import Data
-from tinychat.quantize.job import LAYER, SPARED, Job, Source, linears, part
+from tinychat.quantize.job import LAYER, TOWER_LAYER, Job, Source, linears, part, spared
 from tinychat.quantize.writing import PIECE
+from tinychat.weight_files import Entry
 
 FLOAT = 4  # bytes of a number while it is computed with
 WORDS_SLACK = 64 * 2**20  # what is imported on the way, and the allocator's slack
 COPIES = 4.5  # of a layer in float32: as it came, installed, rounded in two ways, and as tensors for the disk
+TOWER_COPIES = 2  # of a layer of the tower in float32: as it came, and in 8 bits twice over with what is on its way
+TOWER_LARGEST = 6  # further copies of its largest linear, while it is scaled and rounded
 LARGEST = 4.0  # further copies of its largest linear, while rounding it is tried
 ROUNDINGS = 8.0  # of a layer's weights, besides those of the grids: the cost of stand-ins and errors
 SUMMED = 0.3  # of a layer's weights are judged by sums over the tokens at each step of the grid
@@ -90,27 +94,30 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
     hold = block + 2 * states <= limit
     fronts = {stream: base + front_bytes(source, data, stream) for stream in (False, True)}
     front = states if hold else 0
+    eyes = tower_features(job, source, data)
     stream = fronts[False] + front > limit
     ram = {
         "calibration": fronts[stream] + front,
         "layers": block + (2 * states if hold else 0),
         "output": base + 4 * PIECE,
     }
+    if job.vision == "w8a8":
+        ram["tower"] = base + tower_block_bytes(source, data)
     output = output_bytes(job, source)
     cuda = job.device.startswith("cuda")
     return Plan(
         layers=source.layers,
         linears=len(shapes),
         weights=sum(rows * columns for rows, columns in shapes.values()),
-        spared=SPARED[source.config.layout],
+        spared=spared(job, source.config.layout),
         sequences=len(data.prompts) if data else 0,
         tokens=tokens,
         pictures=data.pictures if data else 0,
         ram=ram,
         ram_limit=limit,
-        device=max(block - base, fronts[stream] - base) + planner.CUDA_CONTEXT if cuda else 0,
+        device=max(block, fronts[stream], ram.get("tower", 0)) - base + planner.CUDA_CONTEXT if cuda else 0,
         device_limit=planner.free_bytes(torch.device(job.device)) if cuda else 0,
-        disk=output + layer_bytes(job, source) + max(2 * states, output) + TABLES,
+        disk=output + layer_bytes(job, source) + tower_bytes(job, source) + max(2 * states, 2 * eyes, output) + TABLES,
         disk_limit=min(job.max_disk or 2**62, shutil.disk_usage(_existing(job.out)).free),
         output=output,
         seconds=seconds(job, source, data),
@@ -170,6 +177,25 @@ def front_bytes(source: Source, data: Data | None, stream: bool) -> int:
     return FLOAT * (kept + last) + _picture_bytes(vision)
 
 
+def tower_block_bytes(source: Source, data: Data | None) -> int:
+    """The work on a layer of the tower: as it came, in 8 bits twice, and what judges its scales."""
+    vision = source.config.vision
+    assert vision is not None
+    width, inner, tokens = vision.hidden_size, vision.intermediate_size, vision.num_features + 1
+    layer = 4 * width * width + 2 * width * inner
+    sample = SmoothOptions().tokens + (data.pictures if data else 0)
+    judging = sample * (3 * width + inner + 6 * max(width, inner)) + 2 * width * (sample + tokens)
+    return FLOAT * (TOWER_COPIES * layer + TOWER_LARGEST * width * inner + judging) + _picture_bytes(vision)
+
+
+def tower_features(job: Job, source: Source, data: Data | None) -> int:
+    """The pictures' states between two layers of the tower, on the disk."""
+    vision = source.config.vision
+    if job.vision != "w8a8" or vision is None or data is None:
+        return 0
+    return FLOAT * data.pictures * (vision.num_features + 1) * vision.hidden_size
+
+
 def _picture_bytes(vision: VisionConfig) -> int:
     """Activations of one layer of the tower for one picture, with the scores of all heads, and the decoded picture."""
     tokens = vision.num_features + 1
@@ -197,6 +223,24 @@ def layer_bytes(job: Job, source: Source) -> int:
     return total
 
 
+def tower_bytes(job: Job, source: Source) -> int:
+    """The parts of all layers of the tower, where they become 8-bit ones."""
+    names = [name for name in source.index.names() if TOWER_LAYER.fullmatch(name)] if job.vision == "w8a8" else []
+    return sum(_tower_tensor_bytes(source, name) for name in names)
+
+
+def _tower_tensor_bytes(source: Source, name: str) -> int:
+    """A byte a weight and a float32 scale a row; what is no matrix as the checkpoint stores it."""
+    entry = source.index.entry(name)
+    if len(entry.shape) == 2:
+        return entry.shape[0] * (entry.shape[1] + FLOAT)
+    return _stored_bytes(source, entry)
+
+
+def _stored_bytes(source: Source, entry: Entry) -> int:
+    return entry.nbytes // entry.dtype.itemsize * source.stored(entry).itemsize
+
+
 def _packed_bytes(job: Job, rows: int, columns: int) -> int:
     """4 bits a weight, and for each group a 16-bit scale and a 4-bit zero."""
     return rows * columns // 2 + rows * job.spec.groups(columns) * 5 // 2
@@ -205,10 +249,11 @@ def _packed_bytes(job: Job, rows: int, columns: int) -> int:
 def output_bytes(job: Job, source: Source) -> int:
     """The finished checkpoint."""
     others = [source.raw.entry(name) for name in source.raw.names()]
-    layers = [source.index.entry(name) for name in source.index.names() if LAYER.fullmatch(name)]
-    counted = sum(entry.nbytes // entry.dtype.itemsize * source.stored(entry).itemsize for entry in others)
-    counted -= sum(entry.nbytes // entry.dtype.itemsize * source.stored(entry).itemsize for entry in layers)
-    return counted + layer_bytes(job, source)
+    patterns = (LAYER, TOWER_LAYER) if job.vision == "w8a8" else (LAYER,)
+    names = [name for name in source.index.names() if any(pattern.fullmatch(name) for pattern in patterns)]
+    counted = sum(_stored_bytes(source, entry) for entry in others)
+    counted -= sum(_stored_bytes(source, source.index.entry(name)) for name in names)
+    return counted + layer_bytes(job, source) + tower_bytes(job, source)
 
 
 def _existing(path: Path) -> Path:
@@ -230,7 +275,7 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     tokens, sample = sum(data.lengths), min(sum(data.lengths), options.loss_tokens or 2**62)
     passes = tokens * 2 + sample * (grid + 2)
     sums = options.sketch_rows * (2 + SUMMED * grid) + max(job.spec.group_size, 32) * clips
-    products = 2 * weights * (passes + sums) + _vision_flops(source, data)
+    products = 2 * weights * (passes + sums) + _vision_flops(source, data) * (3 if job.vision == "w8a8" else 1)
     if options.compensate:
         products += _compensation_flops(source, tokens)
     rounds = weights * (grid + clips + ROUNDINGS)

@@ -30,6 +30,7 @@ from tinychat.quantize.job import Job, open_job
 from tinychat.quantize.output import BLOCK, LOG, assemble, block_name, publish
 from tinychat.quantize.plan import Plan, make_plan
 from tinychat.quantize.states import States, writing
+from tinychat.quantize.tower import TowerLayerDone, TowerStage, check_pictures, with_tower
 
 STATES = "states-"
 OUTPUT = "out"
@@ -65,7 +66,7 @@ class Written:
     facts: dict[str, Any] = field(repr=False)
 
 
-Event = Began | Progress | LayerDone | Written
+Event = Began | Progress | TowerLayerDone | LayerDone | Written
 
 
 class Run:
@@ -79,6 +80,7 @@ class Run:
         if job.searches:
             self.processor = Processor.from_folder(job.folder, self.source.config, job.calibration.template)
             self.data = gather(job.calibration, self.processor)
+            check_pictures(job, self.data)
         self.plan = make_plan(job, self.source, self.data)
 
     def events(self, resume: bool = False) -> Iterator[Event]:
@@ -103,6 +105,8 @@ class Run:
         done = sum(name.startswith(BLOCK) for name in work.parts)
         self._log(f"begins with {done} of {self.plan.layers} layers done; {json.dumps(self.plan.to_json())}")
         yield Began(self.plan, done)
+        if self.job.vision == "w8a8":
+            yield from self._tower(work)
         states: States | None = None
         if self.data is not None and done < self.plan.layers:
             states = yield from self._states(work, done)
@@ -134,6 +138,12 @@ class Run:
             yield Progress("", "load", len(hashes), len(files))
         return fingerprint(self.job, hashes, self.data.sha256 if self.data else None)
 
+    def _tower(self, work: Work) -> Iterator[Event]:
+        for event in TowerStage(self.job, self.source, self.processor, self.data).events(work):
+            if isinstance(event, TowerLayerDone):
+                self._log(json.dumps(asdict(event)))
+            yield event
+
     def _states(self, work: Work, done: int) -> Generator[Progress, None, States]:
         """The hidden states before layer `done`: from the work, or (for the first) from the calibration."""
         name = f"{STATES}{done:05d}"
@@ -142,7 +152,8 @@ class Run:
             return states.hold() if self.plan.hold else states
         assert self.data is not None and self.processor is not None
         start = time.perf_counter()
-        embedder = Embedder(self.source, self.processor, torch.device(self.job.device), self.plan.stream)
+        source = with_tower(self.source, work)
+        embedder = Embedder(source, self.processor, torch.device(self.job.device), self.plan.stream)
         with writing(work.path(name, ".bin"), self.plan.hold) as sink:
             for i, sequence in enumerate(embedder.embed(self.data.prompts, self.data.seqlen)):
                 sink.add(i, sequence)

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.core import Progress
 from tinychat.errors import TinychatError, UsageError
+from tinychat.eval.fidelity import decibels
 from tinychat.quantize.facts import SCHEMA
 from tinychat.quantize.job import Calibration, Job
 from tinychat.quantize.plan import Plan, size
 from tinychat.quantize.run import Began, Event, LayerDone, Run, Written
+from tinychat.quantize.tower import TowerLayerDone
 from tinychat.terminal.quantizing import Board, duration
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
@@ -28,7 +30,12 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 SEARCH = ("clip", "duo", "compensate", "scale_grid", "loss_tokens")
-STAGES = {"load": "reading the model's files", "vision": "reading the calibration data", "quantize": "quantizing"}
+STAGES = {
+    "load": "reading the model's files",
+    "vision": "reading the calibration data",
+    "tower": "quantizing the vision tower",
+    "quantize": "quantizing",
+}
 
 
 def job_of(flags: QuantizeFlags) -> Job:
@@ -48,6 +55,7 @@ def job_of(flags: QuantizeFlags) -> Job:
         out=Path(flags.out or "").expanduser(),
         name=folder.resolve().name if Path(flags.model or "").expanduser().is_dir() else flags.model or "",
         method=flags.method,  # type: ignore[arg-type]  # checked by Job
+        vision=flags.vision,  # type: ignore[arg-type]  # checked by Job
         spec=spec,
         pseudo=flags.pseudo,
         search={name: getattr(flags, name) for name in SEARCH},
@@ -123,6 +131,9 @@ def _show(event: Event, as_json: bool, board: Board, say: Say) -> None:
         board.stage(STAGES[event.stage], event.done, event.total)
     elif isinstance(event, Began):
         board.say(began_text(event))
+    elif isinstance(event, TowerLayerDone):
+        board.say(tower_text(event))
+        board.stage(STAGES["tower"], event.index + 1, event.total)
     elif isinstance(event, LayerDone):
         board.say(layer_text(event))
         board.stage(STAGES["quantize"], event.index + 1, event.total, event.left)
@@ -137,6 +148,8 @@ def to_json(event: Event) -> dict[str, Any]:
         return _json("progress", {"stage": event.stage, "done": event.done, "total": event.total})
     if isinstance(event, Began):
         return _json("began", {"done": event.done, "plan": event.plan.to_json()})
+    if isinstance(event, TowerLayerDone):
+        return _json("tower_layer", asdict(event))
     if isinstance(event, LayerDone):
         return _json("layer", asdict(event))
     return _json("written", {"out": str(event.out), "facts": event.facts})
@@ -163,6 +176,17 @@ def layer_text(event: LayerDone) -> str:
         return f"{place}: {given}rounded to the nearest, {ending}"
     loss = f"loss {event.loss['rtn']:.3g} rounded to the nearest, {event.loss['awq']:.3g} searched"
     return f"{place}: {loss}{', which is not kept' if event.kept == 'rtn' else ''}, {ending}"
+
+
+def tower_text(event: TowerLayerDone) -> str:
+    """One layer of the vision tower in a line."""
+    place = f"vision layer {event.index + 1} of {event.total}"
+    left = f", {', '.join(event.spared)} left in 16 bit" if event.spared else ""
+    if event.error is None:
+        return f"{place}: rounded to 8 bits{left}, {duration(event.seconds)}"
+    plain, smooth = (decibels(event.error[name]) for name in ("plain", "smooth"))
+    error = f"{plain:.1f} dB of signal to noise in 8 bits, {smooth:.1f} dB smoothed"
+    return f"{place}: {error}{', which is not kept' if event.kept == 'plain' else ''}{left}, {duration(event.seconds)}"
 
 
 def written_text(event: Written) -> str:
