@@ -77,6 +77,8 @@ _SIGNATURES: Signatures = {
     "tc_pack_w8": (None, (_POINTER, _POINTER, _POINTER, _POINTER)),
     "tc_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_int)),
     "tc_quantize": (None, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
+    "tc_read": (ctypes.c_uint64, (_POINTER, _INT64)),
+    "tc_products": (_INT64, (_INT64,)),
 }
 
 

@@ -10,25 +10,11 @@ namespace tinychat {
 namespace {
 
 constexpr int64_t kChunkInputs = 512;     // a panel's inputs: 64 columns of them fit into the first cache
+constexpr int64_t kShortChunk = 256;      // for few rows: what comes next is then already read ahead
+constexpr int64_t kFewRows = 32;
 constexpr int64_t kMostStreamed = 8;      // rows up to which weights are read in place
 constexpr int64_t kTasksAThread = 4;      // for an even end
 constexpr int64_t kFewestPanelRows = 48;  // that are worth unpacking a panel anew
-
-const LinearKernels& kernels() {
-    switch (isa()) {
-#if defined(__x86_64__)
-        case Isa::avx512: return kLinearAvx512;
-#if TINYCHAT_HAS_AVXVNNI
-        case Isa::avxvnni: return kLinearAvxVnni;
-#endif
-        case Isa::avx2: return kLinearAvx2;
-#elif defined(__aarch64__)
-        case Isa::i8mm:
-        case Isa::dotprod: return kLinearDotprod;
-#endif
-        default: return kLinearGeneric;
-    }
-}
 
 // Sums of `columns` outputs -> y, with the bias.
 void finish(const float* sums, int64_t ld, int64_t rows, int64_t column, int64_t columns, float* y, int64_t ldy,
@@ -44,7 +30,7 @@ int64_t columns_from(const Blocks& w, int64_t column, int64_t most) { return std
 
 void stream(Team& team, const Blocks& w, const Quantized& x, int64_t rows, float* y, int64_t ldy, const float* bias) {
     alignas(64) float sums[kStreamRows * kLanes];
-    const auto inner = w.bits == 4 ? kernels().stream4 : kernels().stream8;
+    const auto inner = w.bits == 4 ? linear_kernels().stream4 : linear_kernels().stream8;
     const Range blocks = team.share(w.count());
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
         for (int64_t row = 0; row < rows; row += kStreamRows) {
@@ -62,7 +48,7 @@ struct PanelWork {
         : panels((w.count() + kPanelBlocks - 1) / kPanelBlocks),
           parts(std::clamp<int64_t>((kTasksAThread * team.count() + panels - 1) / panels, 1,
                                     std::max<int64_t>(1, rows / kFewestPanelRows))),
-          chunk(std::clamp<int64_t>(kChunkInputs / w.group, 1, w.groups)) {}
+          chunk(std::clamp<int64_t>((rows > kFewRows ? kChunkInputs : kShortChunk) / w.group, 1, w.groups)) {}
 
     int64_t panels;
     int64_t parts;  // of the rows
@@ -87,8 +73,8 @@ struct PanelMemory {
 
 void multiply_panel(const Blocks& w, int64_t column, int64_t chunk, const PanelMemory& memory, const Quantized& x,
                     Range rows) {
-    const auto unpack = w.bits == 4 ? kernels().unpack4 : kernels().unpack8;
-    const auto inner = w.bits == 4 ? kernels().multiply4 : kernels().multiply8;
+    const auto unpack = w.bits == 4 ? linear_kernels().unpack4 : linear_kernels().unpack8;
+    const auto inner = w.bits == 4 ? linear_kernels().multiply4 : linear_kernels().multiply8;
     std::fill(memory.sums, memory.sums + (rows.end - rows.begin) * kPanelColumns, 0.0f);
     for (int64_t first = 0; first < w.groups; first += chunk) {
         const int64_t count = std::min(chunk, w.groups - first);
@@ -113,6 +99,22 @@ void multiply(Team& team, const Blocks& w, const Quantized& x, int64_t rows, flo
 
 }  // namespace
 
+const LinearKernels& linear_kernels() {
+    switch (isa()) {
+#if defined(__x86_64__)
+        case Isa::avx512: return kLinearAvx512;
+#if TINYCHAT_HAS_AVXVNNI
+        case Isa::avxvnni: return kLinearAvxVnni;
+#endif
+        case Isa::avx2: return kLinearAvx2;
+#elif defined(__aarch64__)
+        case Isa::i8mm:
+        case Isa::dotprod: return kLinearDotprod;
+#endif
+        default: return kLinearGeneric;
+    }
+}
+
 size_t quantized_size(int64_t rows, int64_t inputs, int64_t group) {
     return static_cast<size_t>(rows * (round_up(inputs, kLine) + round_up(inputs / group * 4, kLine) * 2));
 }
@@ -125,7 +127,7 @@ Quantized quantized_at(void* memory, int64_t rows, int64_t inputs, int64_t group
 }
 
 void quantize_row(const float* x, int64_t inputs, int64_t group, const Quantized& out, int64_t row) {
-    kernels().quantize(x, inputs, group, out, row);
+    linear_kernels().quantize(x, inputs, group, out, row);
 }
 
 void quantize(Team& team, const float* x, int64_t ldx, int64_t rows, int64_t inputs, int64_t group,
@@ -145,7 +147,7 @@ void linear_exact(Team& team, const tc_weights& w, const float* x, int64_t ldx, 
                   const float* bias) {
     alignas(64) float sums[kStreamRows * kLanes];
     const Blocks blocks(w);
-    const auto inner = w.bits == 4 ? kernels().exact4 : kernels().exact8;
+    const auto inner = w.bits == 4 ? linear_kernels().exact4 : linear_kernels().exact8;
     const Range mine = team.share(blocks.count());
     for (int64_t block = mine.begin; block < mine.end; ++block) {
         for (int64_t row = 0; row < rows; row += kStreamRows) {

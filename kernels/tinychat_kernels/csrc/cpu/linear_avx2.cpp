@@ -12,6 +12,7 @@ namespace tinychat {
 namespace {
 
 struct Products {
+    static constexpr int kStreamTile = 4;
     static constexpr int kTileRows = 4;
     static constexpr bool kSigned8 = true;
 

@@ -8,6 +8,8 @@
 
 TINYCHAT_TARGET_BEGIN(TINYCHAT_AVX512)
 
+#include "unrolled.h"
+
 namespace tinychat {
 namespace {
 
@@ -68,19 +70,14 @@ void quantize(const float* x, int64_t inputs, int64_t group, const Quantized& ou
     __builtin_memset(values + inputs, 0, static_cast<size_t>(out.stride - inputs));
 }
 
-// Adds a group's dot products, times both scales, to the rows' sums.
-template <int kRows>
-inline void add_group(const __m512i (&dots)[kRows], __m512 scales, const Quantized& x, int64_t row, int64_t g,
-                      __m512 (&sums)[kRows]) {
-    for (int r = 0; r < kRows; ++r) {
-        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(x.scales[(row + r) * x.groups + g]));
-        sums[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dots[r]), sums[r]);
-    }
+// sum += dot product times both scales
+inline void add_group(__m512& sum, __m512i dot, __m512 scales, float row_scale) {
+    sum = _mm512_fmadd_ps(_mm512_mul_ps(scales, _mm512_set1_ps(row_scale)), _mm512_cvtepi32_ps(dot), sum);
 }
 
 template <int kRows>
 inline void store(const __m512 (&sums)[kRows], float* out) {
-    for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(out + r * kLanes, sums[r]);
+    unrolled<kRows>([&](auto r) TINYCHAT_INLINE { _mm512_storeu_ps(out + r * kLanes, sums[r]); });
 }
 
 // The nibbles above are left in place and count 16 fold; one shift of their sum mends that. A single row has two
@@ -90,39 +87,40 @@ void stream4(const Blocks& w, int64_t block, const Quantized& x, int64_t row, fl
     constexpr int kChains = kRows == 1 ? 2 : 1;
     const __m512i below = _mm512_set1_epi8(0x0f), above = _mm512_set1_epi8(static_cast<char>(0xf0));
     __m512 sums[kRows];
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    unrolled<kRows>([&](auto r) TINYCHAT_INLINE { sums[r] = _mm512_setzero_ps(); });
     const uint8_t* at = w.at(block, 0);
     for (int64_t g = 0; g < w.groups; ++g, at += w.bytes) {
         const int8_t* values = x.values + row * x.stride + g * w.group;
-        __m512i low[kChains][kRows], high[kChains][kRows];
-        for (int c = 0; c < kChains; ++c)
-            for (int r = 0; r < kRows; ++r) low[c][r] = high[c][r] = _mm512_setzero_si512();
         const uint8_t* line = at + w.header;
-        for (int64_t j = 0; j < w.lines; j += 2) {
-#pragma GCC unroll 2
-            for (int u = 0; u < 2; ++u, line += kLine, values += 8) {
-                const __m512i pair = load(line);
-                _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
+        __m512i low[kChains][kRows], high[kChains][kRows];
+        unrolled<kChains * kRows>([&](auto i) TINYCHAT_INLINE {
+            low[i / kRows][i % kRows] = high[i / kRows][i % kRows] = _mm512_setzero_si512();
+        });
+        for (int64_t j = 0; j < w.lines; j += 2, line += 2 * kLine, values += 16) {
+            unrolled<2>([&](auto u) TINYCHAT_INLINE {
+                constexpr int c = u % kChains;
+                const __m512i pair = load(line + u * kLine);
+                _mm_prefetch(reinterpret_cast<const char*>(line + u * kLine + kAhead), _MM_HINT_T0);
                 const __m512i first = _mm512_and_si512(pair, below), second = _mm512_and_si512(pair, above);
-                const int c = u % kChains;
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r) {
-                    low[c][r] = _mm512_dpbusd_epi32(low[c][r], first, quad(values + r * x.stride));
-                    high[c][r] = _mm512_dpbusd_epi32(high[c][r], second, quad(values + r * x.stride + 4));
-                }
-            }
+                unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+                    const int8_t* from = values + r * x.stride + 8 * u;
+                    low[c][r] = _mm512_dpbusd_epi32(low[c][r], first, quad(from));
+                    high[c][r] = _mm512_dpbusd_epi32(high[c][r], second, quad(from + 4));
+                });
+            });
         }
         const __m512i zeros = zeros_of(at);
-        __m512i dots[kRows];
-        for (int r = 0; r < kRows; ++r) {
-            if (kChains == 2) {
-                low[0][r] = _mm512_add_epi32(low[0][r], low[kChains - 1][r]);
-                high[0][r] = _mm512_add_epi32(high[0][r], high[kChains - 1][r]);
+        const __m512 scales = scales_of(at, w.scale);
+        const int64_t of_group = row * x.groups + g;
+        unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+            if constexpr (kChains == 2) {
+                low[0][r] = _mm512_add_epi32(low[0][r], low[1][r]);
+                high[0][r] = _mm512_add_epi32(high[0][r], high[1][r]);
             }
             const __m512i both = _mm512_add_epi32(low[0][r], _mm512_srai_epi32(high[0][r], 4));
-            dots[r] = _mm512_sub_epi32(both, correction(zeros, x.sums[(row + r) * x.groups + g]));
-        }
-        add_group<kRows>(dots, scales_of(at, w.scale), x, row, g, sums);
+            const __m512i dot = _mm512_sub_epi32(both, correction(zeros, x.sums[of_group + r * x.groups]));
+            add_group(sums[r], dot, scales, x.scales[of_group + r * x.groups]);
+        });
     }
     store<kRows>(sums, out);
 }
@@ -131,33 +129,38 @@ template <int kRows>
 void stream8(const Blocks& w, int64_t block, const Quantized& x, int64_t row, float* out) {
     constexpr int kChains = kRows <= 2 ? 4 : 2;
     __m512 sums[kRows];
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    unrolled<kRows>([&](auto r) TINYCHAT_INLINE { sums[r] = _mm512_setzero_ps(); });
     const uint8_t* at = w.at(block, 0);
     for (int64_t g = 0; g < w.groups; ++g, at += w.bytes) {
         const int8_t* values = x.values + row * x.stride + g * w.group;
-        __m512i dots[kRows], chains[kChains][kRows];
-        for (int c = 0; c < kChains; ++c)
-            for (int r = 0; r < kRows; ++r) chains[c][r] = _mm512_setzero_si512();
         const uint8_t* line = at + w.header;
+        const int64_t of_group = row * x.groups + g;
+        __m512i dots[kChains][kRows];
+        unrolled<kChains * kRows>([&](auto i) TINYCHAT_INLINE {
+            constexpr int r = i % kRows;
+            dots[i / kRows][r] = _mm512_set1_epi32(i < kRows ? -kMiddle * x.sums[of_group + r * x.groups] : 0);
+        });
         int64_t j = 0;
-        for (; j + kChains <= w.lines; j += kChains) {
-#pragma GCC unroll 4
-            for (int c = 0; c < kChains; ++c, line += kLine, values += 4) {
-                const __m512i four = load(line);
-                _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r)
-                    chains[c][r] = _mm512_dpbusd_epi32(chains[c][r], four, quad(values + r * x.stride));
-            }
+        for (; j + kChains <= w.lines; j += kChains, line += kChains * kLine, values += kChains * 4) {
+            unrolled<kChains>([&](auto c) TINYCHAT_INLINE {
+                const __m512i four = load(line + c * kLine);
+                _mm_prefetch(reinterpret_cast<const char*>(line + c * kLine + kAhead), _MM_HINT_T0);
+                unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+                    dots[c][r] = _mm512_dpbusd_epi32(dots[c][r], four, quad(values + r * x.stride + 4 * c));
+                });
+            });
         }
         for (; j < w.lines; ++j, line += kLine, values += 4)
-            for (int r = 0; r < kRows; ++r)
-                chains[0][r] = _mm512_dpbusd_epi32(chains[0][r], load(line), quad(values + r * x.stride));
-        for (int r = 0; r < kRows; ++r) {
-            dots[r] = _mm512_set1_epi32(-kMiddle * x.sums[(row + r) * x.groups + g]);
-            for (int c = 0; c < kChains; ++c) dots[r] = _mm512_add_epi32(dots[r], chains[c][r]);
-        }
-        add_group<kRows>(dots, scales_of(at, w.scale), x, row, g, sums);
+            unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+                dots[0][r] = _mm512_dpbusd_epi32(dots[0][r], load(line), quad(values + r * x.stride));
+            });
+        const __m512 scales = scales_of(at, w.scale);
+        unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+            unrolled<kChains - 1>([&](auto c) TINYCHAT_INLINE {
+                dots[0][r] = _mm512_add_epi32(dots[0][r], dots[c + 1][r]);
+            });
+            add_group(sums[r], dots[0][r], scales, x.scales[of_group + r * x.groups]);
+        });
     }
     store<kRows>(sums, out);
 }
@@ -213,48 +216,51 @@ inline __attribute__((always_inline)) void add_products(__m512i& acc, __m512i we
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(values));
 }
 
-// What a tile's accumulators begin with: less zero point times the sum of the row's values.
-template <int kBits>
-inline __m512i beginning(const Panel& panel, int64_t g, int b, int32_t sum) {
-    if (kBits == 8) return _mm512_set1_epi32(-kMiddle * sum);
-    return correction(load(panel.zeros_of(g, b)), sum);
+// One group of a tile: rows times kPanelBlocks blocks. The pointers are its own copies, since a store of a vector may
+// alias everything, and the empty statement keeps the sums of the group before out of the registers.
+template <int kBits, int kRows>
+inline TINYCHAT_INLINE void multiply_group(const uint8_t* weights, const float* scales, const int32_t* zeros, int64_t quads,
+                                           const int8_t* values, int64_t stride, const float* row_scales,
+                                           const int32_t* row_sums, int64_t groups, float* sums) {
+    const int64_t next_block = quads * kLine;
+    __m512i dots[kRows][kPanelBlocks];
+    unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+        const int32_t row_sum = row_sums[r * groups];
+        unrolled<kPanelBlocks>([&](auto b) TINYCHAT_INLINE {
+            if constexpr (kBits == 8) dots[r][b] = _mm512_set1_epi32(-kMiddle * row_sum);
+            else dots[r][b] = correction(load(zeros + b * kLanes), row_sum);
+        });
+    });
+    do {
+        __m512i line[kPanelBlocks];
+        unrolled<kPanelBlocks>([&](auto b) TINYCHAT_INLINE { line[b] = load(weights + b * next_block); });
+        unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+            const __m512i four = quad(values + r * stride);
+            unrolled<kPanelBlocks>([&](auto b) TINYCHAT_INLINE { add_products(dots[r][b], line[b], four); });
+        });
+        weights += kLine;
+        values += 4;
+    } while (--quads > 0);
+    unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+        const float row_scale = row_scales[r * groups];
+        unrolled<kPanelBlocks>([&](auto b) TINYCHAT_INLINE {
+            float* to = sums + r * kPanelColumns + b * kLanes;
+            __m512 sum = _mm512_loadu_ps(to);
+            add_group(sum, dots[r][b], _mm512_loadu_ps(scales + b * kLanes), row_scale);
+            _mm512_storeu_ps(to, sum);
+        });
+    });
+    asm volatile("" ::: "memory");
 }
 
 template <int kBits, int kRows>
 void multiply_tile(const Panel& panel, int64_t first, int64_t count, const Quantized& x, int64_t row, float* sums) {
-    for (int64_t g = 0; g < count; ++g) {
-        __m512i acc[kRows][kPanelBlocks];
-        const int64_t at = row * x.groups + first + g;
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-            for (int b = 0; b < kPanelBlocks; ++b) acc[r][b] = beginning<kBits>(panel, g, b, x.sums[at + r * x.groups]);
-        const uint8_t* weights = panel.part(g, 0);
-        const int64_t next_block = panel.quads * kLine;
-        const int8_t* values = x.values + row * x.stride + (first + g) * panel.quads * 4;
-#pragma GCC unroll 1
-        for (int64_t j = 0; j < panel.quads; ++j, weights += kLine, values += 4) {
-            __m512i line[kPanelBlocks];
-#pragma GCC unroll 4
-            for (int b = 0; b < kPanelBlocks; ++b) line[b] = load(weights + b * next_block);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
-                const __m512i four = quad(values + r * x.stride);
-#pragma GCC unroll 4
-                for (int b = 0; b < kPanelBlocks; ++b) add_products(acc[r][b], line[b], four);
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            const __m512 row_scale = _mm512_set1_ps(x.scales[at + r * x.groups]);
-#pragma GCC unroll 4
-            for (int b = 0; b < kPanelBlocks; ++b) {
-                float* to = sums + r * kPanelColumns + b * kLanes;
-                const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(panel.scales_of(g, b)), row_scale);
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(acc[r][b]), _mm512_loadu_ps(to)));
-            }
-        }
-    }
+    const int8_t* values = x.values + row * x.stride + first * panel.quads * 4;
+    const int64_t of_group = row * x.groups + first;
+    for (int64_t g = 0; g < count; ++g)
+        multiply_group<kBits, kRows>(panel.part(g, 0), panel.scales_of(g, 0), panel.zeros_of(g, 0), panel.quads,
+                                     values + g * panel.quads * 4, x.stride, x.scales + of_group + g,
+                                     x.sums + of_group + g, x.groups, sums);
 }
 
 constexpr int kTileRows = 6;  // 24 accumulators, 4 lines and a quad: 29 of 32 registers
@@ -316,10 +322,22 @@ void exact(const Blocks& w, int64_t block, const float* x, int64_t ldx, int rows
     for (; r < rows; ++r) exact_tile<kBits, 1>(w, block, x + r * ldx, ldx, out + r * kLanes);
 }
 
+int64_t products(int64_t rounds) {
+    constexpr int kSums = kTileRows * kPanelBlocks;
+    __m512i sums[kSums];
+    unrolled<kSums>([&](auto n) TINYCHAT_INLINE { sums[n] = _mm512_setzero_si512(); });
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (int64_t i = 0; i < rounds; ++i)
+        unrolled<kSums>([&](auto n) TINYCHAT_INLINE {
+            asm volatile("vpdpbusd %1, %1, %0" : "+v"(sums[n]) : "v"(ones));
+        });
+    return rounds * kSums * kLine;
+}
+
 }  // namespace
 
-const LinearKernels kLinearAvx512 = {quantize, stream<kStream4>, stream<kStream8>, unpack4,  unpack8,
-                                     multiply<4>, multiply<8>,      exact<4>,         exact<8>};
+const LinearKernels kLinearAvx512 = {quantize,    stream<kStream4>, stream<kStream8>, unpack4,  unpack8,
+                                     multiply<4>, multiply<8>,      exact<4>,         exact<8>, products};
 
 }  // namespace tinychat
 

@@ -13,6 +13,7 @@ namespace tinychat {
 namespace {
 
 struct Products {
+    static constexpr int kStreamTile = 4;
     static constexpr int kTileRows = 6;
     static constexpr bool kSigned8 = false;
 

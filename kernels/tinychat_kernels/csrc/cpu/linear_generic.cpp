@@ -131,9 +131,20 @@ void exact(const Blocks& w, int64_t block, const float* x, int64_t ldx, int rows
     }
 }
 
+int64_t products(int64_t rounds) {
+    int32_t sums[kLanes] = {};
+    volatile int8_t factors[2] = {3, 5};
+    const int weight = factors[0], value = factors[1];
+    for (int64_t i = 0; i < rounds; ++i)
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += (weight + lane) * (value ^ sums[lane]);
+    volatile int32_t kept = sums[0];
+    static_cast<void>(kept);
+    return rounds * kLanes;
+}
+
 }  // namespace
 
 const LinearKernels kLinearGeneric = {quantize, stream<4>, stream<8>, unpack<4>, unpack<8>,
-                                      multiply, multiply,  exact<4>,  exact<8>};
+                                      multiply, multiply,  exact<4>,  exact<8>,  products};
 
 }  // namespace tinychat

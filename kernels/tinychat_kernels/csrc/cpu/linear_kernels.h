@@ -46,7 +46,13 @@ struct LinearKernels {
     using Exact = void (*)(const Blocks& w, int64_t block, const float* x, int64_t ldx, int rows, float* out);
     Exact exact4;
     Exact exact8;
+
+    // As many products of int8 as the registers take, so many times; returns how many. For measuring.
+    int64_t (*products)(int64_t rounds);
 };
+
+// Those of isa().
+const LinearKernels& linear_kernels();
 
 extern const LinearKernels kLinearGeneric;
 extern const LinearKernels kLinearAvx2;

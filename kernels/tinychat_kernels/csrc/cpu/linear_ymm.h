@@ -1,10 +1,13 @@
 // The inner loops for registers of 256 bits: half a line, 8 outputs. Included by linear_avx2.cpp and
 // linear_avxvnni.cpp inside their target, each after its own Products:
 //   kTileRows                        rows of a tile
+//   kStreamTile                      rows that streaming takes at once
 //   kSigned8                         8-bit weights are made signed first
 //   add4(sum, small, weights, x)     sum += the products of 0..15 and int8, maybe put off in `small`
 //   settle(sum, small)               what was put off, after at most 32 inputs
 //   add8(sum, weights, x)            sum += the products of a byte of the blocks and int8
+
+#include "unrolled.h"
 
 namespace tinychat {
 namespace {
@@ -12,7 +15,6 @@ namespace {
 constexpr int kHalf = 8;
 constexpr int64_t kAhead = 2048;   // bytes that streaming reads ahead
 constexpr int64_t kSettle = 32;    // inputs
-constexpr int kRowsAtOnce = 4;     // of streaming
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
@@ -94,22 +96,26 @@ void quantize(const float* x, int64_t inputs, int64_t group, const Quantized& ou
 }
 
 template <int kRows>
-inline void clear(__m256i (&sums)[kRows][2]) {
-    for (auto& row : sums) row[0] = row[1] = _mm256_setzero_si256();
+using Tile = __m256i[kRows][2];  // 16 outputs of each row
+
+// Each half (0 and 1) of each row of a tile.
+template <int kRows, class Body>
+inline TINYCHAT_INLINE void each(Body&& body) {
+    unrolled<kRows>([&](auto r) TINYCHAT_INLINE { unrolled<2>([&](auto half) TINYCHAT_INLINE { body(r, half); }); });
 }
 
-// Adds a group's dot products, times both scales, to out [rows, 16].
+// Adds a group's dot products, times both scales, to the sums [kRows, 16] of a tile.
 template <int kRows>
-inline void add_group(const __m256i (&dots)[kRows][2], const __m256 (&scales)[2], const Quantized& x, int64_t row,
-                      int64_t g, float* out, int64_t ld) {
-    for (int r = 0; r < kRows; ++r) {
-        const __m256 row_scale = _mm256_set1_ps(x.scales[(row + r) * x.groups + g]);
-        for (int half = 0; half < 2; ++half) {
-            float* to = out + r * ld + half * kHalf;
-            const __m256 scale = _mm256_mul_ps(scales[half], row_scale);
+inline TINYCHAT_INLINE void add_group(const Tile<kRows>& dots, __m256 first, __m256 second, const float* row_scales,
+                                      int64_t groups, float* sums, int64_t ld) {
+    unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+        const __m256 row_scale = _mm256_set1_ps(row_scales[r * groups]);
+        unrolled<2>([&](auto half) TINYCHAT_INLINE {
+            float* to = sums + r * ld + half * kHalf;
+            const __m256 scale = _mm256_mul_ps(half == 0 ? first : second, row_scale);
             _mm256_storeu_ps(to, _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[r][half]), _mm256_loadu_ps(to)));
-        }
-    }
+        });
+    });
 }
 
 template <int kRows>
@@ -120,35 +126,32 @@ void stream4(const Blocks& w, int64_t block, const Quantized& x, int64_t row, fl
     for (int64_t g = 0; g < w.groups; ++g, at += w.bytes) {
         const int8_t* values = x.values + row * x.stride + g * w.group;
         const uint8_t* line = at + w.header;
-        __m256i dots[kRows][2];
-        clear<kRows>(dots);
+        const int64_t of_group = row * x.groups + g, stride = x.stride;
+        const __m256i zeros[2] = {zeros_of(at, 0), zeros_of(at, 1)};
+        Tile<kRows> dots;
+        each<kRows>([&](auto r, auto half) TINYCHAT_INLINE {
+            dots[r][half] = _mm256_sub_epi32(_mm256_setzero_si256(),
+                                             correction(zeros[half], x.sums[of_group + r * x.groups]));
+        });
         for (int64_t k = 0; k < w.group; k += kSettle) {
-            __m256i small[kRows][2];
-            clear<kRows>(small);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j, line += kLine, values += 8) {
+            Tile<kRows> small;
+            each<kRows>([&](auto r, auto half) TINYCHAT_INLINE { small[r][half] = _mm256_setzero_si256(); });
+            for (int j = 0; j < kSettle / 8; ++j, line += kLine, values += 8) {
                 _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; ++half) {
+                unrolled<2>([&](auto half) TINYCHAT_INLINE {
                     const __m256i pair = load(line + half * kLine / 2);
                     const __m256i first = _mm256_and_si256(pair, below);
                     const __m256i second = _mm256_and_si256(_mm256_srli_epi16(pair, 4), below);
-#pragma GCC unroll 4
-                    for (int r = 0; r < kRows; ++r) {
-                        Products::add4(dots[r][half], small[r][half], first, quad(values + r * x.stride));
-                        Products::add4(dots[r][half], small[r][half], second, quad(values + r * x.stride + 4));
-                    }
-                }
+                    unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+                        Products::add4(dots[r][half], small[r][half], first, quad(values + r * stride));
+                        Products::add4(dots[r][half], small[r][half], second, quad(values + r * stride + 4));
+                    });
+                });
             }
-            for (int r = 0; r < kRows; ++r)
-                for (int half = 0; half < 2; ++half) Products::settle(dots[r][half], small[r][half]);
+            each<kRows>([&](auto r, auto half) TINYCHAT_INLINE { Products::settle(dots[r][half], small[r][half]); });
         }
-        for (int half = 0; half < 2; ++half)
-            for (int r = 0; r < kRows; ++r)
-                dots[r][half] = _mm256_sub_epi32(
-                    dots[r][half], correction(zeros_of(at, half), x.sums[(row + r) * x.groups + g]));
-        const __m256 scales[2] = {scales_of(at, w.scale, 0), scales_of(at, w.scale, 1)};
-        add_group<kRows>(dots, scales, x, row, g, out, kLanes);
+        add_group<kRows>(dots, scales_of(at, w.scale, 0), scales_of(at, w.scale, 1), x.scales + of_group, x.groups,
+                         out, kLanes);
     }
 }
 
@@ -159,34 +162,34 @@ void stream8(const Blocks& w, int64_t block, const Quantized& x, int64_t row, fl
     for (int64_t g = 0; g < w.groups; ++g, at += w.bytes) {
         const int8_t* values = x.values + row * x.stride + g * w.group;
         const uint8_t* line = at + w.header;
-        __m256i dots[kRows][2];
-        for (int r = 0; r < kRows; ++r) dots[r][0] = dots[r][1] = beginning8(x.sums[(row + r) * x.groups + g]);
+        const int64_t of_group = row * x.groups + g, stride = x.stride;
+        Tile<kRows> dots;
+        each<kRows>([&](auto r, auto half) TINYCHAT_INLINE {
+            dots[r][half] = beginning8(x.sums[of_group + r * x.groups]);
+        });
         for (int64_t j = 0; j < w.lines; ++j, line += kLine, values += 4) {
             _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0);
             const __m256i first = load(line), second = load(line + kLine / 2);
-#pragma GCC unroll 4
-            for (int r = 0; r < kRows; ++r) {
-                const __m256i four = quad(values + r * x.stride);
+            unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
+                const __m256i four = quad(values + r * stride);
                 Products::add8(dots[r][0], first, four);
                 Products::add8(dots[r][1], second, four);
-            }
+            });
         }
-        const __m256 scales[2] = {scales_of(at, w.scale, 0), scales_of(at, w.scale, 1)};
-        add_group<kRows>(dots, scales, x, row, g, out, kLanes);
+        add_group<kRows>(dots, scales_of(at, w.scale, 0), scales_of(at, w.scale, 1), x.scales + of_group, x.groups,
+                         out, kLanes);
     }
 }
 
 using StreamRows = void (*)(const Blocks&, int64_t, const Quantized&, int64_t, float*);
-constexpr StreamRows kStream4[kRowsAtOnce] = {stream4<1>, stream4<2>, stream4<3>, stream4<4>};
-constexpr StreamRows kStream8[kRowsAtOnce] = {stream8<1>, stream8<2>, stream8<3>, stream8<4>};
+constexpr int kStreamTile = Products::kStreamTile;
 
-// Rows beyond the fourth find the block in the cache.
-template <const StreamRows (&kTable)[kRowsAtOnce]>
+// Rows beyond the first tile find the block in the cache.
+template <StreamRows kTile, StreamRows kOne>
 void stream(const Blocks& w, int64_t block, const Quantized& x, int64_t row, int rows, float* out) {
-    for (int r = 0; r < rows; r += kRowsAtOnce) {
-        const int some = rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce;
-        kTable[some - 1](w, block, x, row + r, out + r * kLanes);
-    }
+    int r = 0;
+    for (; r + kStreamTile <= rows; r += kStreamTile) kTile(w, block, x, row + r, out + r * kLanes);
+    for (; r < rows; ++r) kOne(w, block, x, row + r, out + r * kLanes);
 }
 
 void clear(const Panel& panel, int64_t count, int b) {
@@ -231,60 +234,68 @@ void unpack8(const Blocks& w, int64_t block, int64_t first, int64_t count, int b
     }
 }
 
-// Rows times group g of one block of the panel.
+// Rows times one group of one block, 4 bits.
 template <int kRows>
-inline void dots4(const uint8_t* line, const int8_t* values, int64_t stride, int64_t quads, __m256i (&dots)[kRows][2]) {
-    for (int64_t k = 0; k < quads * 4; k += kSettle) {
-        __m256i small[kRows][2];
-        clear<kRows>(small);
-#pragma GCC unroll 2
+inline TINYCHAT_INLINE void dots4(const uint8_t* line, const int8_t* values, int64_t stride, int64_t quads,
+                                  Tile<kRows>& dots) {
+    do {
+        Tile<kRows> small;
+        each<kRows>([&](auto r, auto half) TINYCHAT_INLINE { small[r][half] = _mm256_setzero_si256(); });
         for (int j = 0; j < kSettle / 4; ++j, line += kLine, values += 4) {
             const __m256i first = load(line), second = load(line + kLine / 2);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
+            unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
                 const __m256i four = quad(values + r * stride);
                 Products::add4(dots[r][0], small[r][0], first, four);
                 Products::add4(dots[r][1], small[r][1], second, four);
-            }
+            });
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-            for (int half = 0; half < 2; ++half) Products::settle(dots[r][half], small[r][half]);
-    }
+        each<kRows>([&](auto r, auto half) TINYCHAT_INLINE { Products::settle(dots[r][half], small[r][half]); });
+        quads -= kSettle / 4;
+    } while (quads > 0);
 }
 
+// The same with 8 bits.
 template <int kRows>
-inline void dots8(const uint8_t* line, const int8_t* values, int64_t stride, int64_t quads, __m256i (&dots)[kRows][2]) {
-    for (int64_t j = 0; j < quads; ++j, line += kLine, values += 4) {
+inline TINYCHAT_INLINE void dots8(const uint8_t* line, const int8_t* values, int64_t stride, int64_t quads,
+                                  Tile<kRows>& dots) {
+    do {
         const __m256i first = load(line), second = load(line + kLine / 2);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
+        unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
             const __m256i four = quad(values + r * stride);
             Products::add8(dots[r][0], first, four);
             Products::add8(dots[r][1], second, four);
-        }
-    }
+        });
+        line += kLine;
+        values += 4;
+    } while (--quads > 0);
+}
+
+// The pointers are its own copies, since a store of a vector may alias everything.
+template <int kBits, int kRows>
+inline TINYCHAT_INLINE void multiply_block(const uint8_t* weights, const float* scales, const int32_t* zeros,
+                                           int64_t quads, const int8_t* values, int64_t stride,
+                                           const float* row_scales, const int32_t* row_sums, int64_t groups,
+                                           float* sums) {
+    Tile<kRows> dots;
+    each<kRows>([&](auto r, auto half) TINYCHAT_INLINE {
+        const int32_t sum = row_sums[r * groups];
+        dots[r][half] = kBits == 8 ? beginning8(sum) : correction(load(zeros + half * kHalf), sum);
+    });
+    if constexpr (kBits == 8) dots8<kRows>(weights, values, stride, quads, dots);
+    else dots4<kRows>(weights, values, stride, quads, dots);
+    add_group<kRows>(dots, _mm256_loadu_ps(scales), _mm256_loadu_ps(scales + kHalf), row_scales, groups, sums,
+                     kPanelColumns);
 }
 
 template <int kBits, int kRows>
 void multiply_tile(const Panel& panel, int64_t first, int64_t count, const Quantized& x, int64_t row, float* sums) {
-    for (int64_t g = 0; g < count; ++g) {
-        const int8_t* values = x.values + row * x.stride + (first + g) * panel.quads * 4;
-        for (int b = 0; b < kPanelBlocks; ++b) {
-            const auto* zeros = reinterpret_cast<const uint8_t*>(panel.zeros_of(g, b));
-            __m256i dots[kRows][2];
-            for (int r = 0; r < kRows; ++r) {
-                const int32_t sum = x.sums[(row + r) * x.groups + first + g];
-                for (int half = 0; half < 2; ++half)
-                    dots[r][half] = kBits == 8 ? beginning8(sum) : correction(load(zeros + half * kLine / 2), sum);
-            }
-            if (kBits == 8) dots8<kRows>(panel.part(g, b), values, x.stride, panel.quads, dots);
-            else dots4<kRows>(panel.part(g, b), values, x.stride, panel.quads, dots);
-            const __m256 scales[2] = {_mm256_loadu_ps(panel.scales_of(g, b)),
-                                      _mm256_loadu_ps(panel.scales_of(g, b) + kHalf)};
-            add_group<kRows>(dots, scales, x, row, first + g, sums + b * kLanes, kPanelColumns);
-        }
-    }
+    const int8_t* values = x.values + row * x.stride + first * panel.quads * 4;
+    const int64_t of_group = row * x.groups + first;
+    for (int64_t g = 0; g < count; ++g)
+        for (int b = 0; b < kPanelBlocks; ++b)
+            multiply_block<kBits, kRows>(panel.part(g, b), panel.scales_of(g, b), panel.zeros_of(g, b), panel.quads,
+                                         values + g * panel.quads * 4, x.stride, x.scales + of_group + g,
+                                         x.sums + of_group + g, x.groups, sums + b * kLanes);
 }
 
 template <int kBits>
@@ -343,8 +354,24 @@ void exact(const Blocks& w, int64_t block, const float* x, int64_t ldx, int rows
     }
 }
 
-constexpr LinearKernels kTable = {quantize,    stream<kStream4>, stream<kStream8>, unpack4, unpack8,
-                                  multiply<4>, multiply<8>,      exact<4>,         exact<8>};
+int64_t products(int64_t rounds) {
+    constexpr int kSums = 12;
+    __m256i sums[kSums], small[kSums];
+    unrolled<kSums>([&](auto n) TINYCHAT_INLINE { sums[n] = small[n] = _mm256_setzero_si256(); });
+    __m256i ones = _mm256_set1_epi8(1);
+    for (int64_t i = 0; i < rounds; ++i)
+        unrolled<kSums>([&](auto n) TINYCHAT_INLINE {
+            asm volatile("" : "+x"(ones));  // so that no product is computed once for all
+            Products::add4(sums[n], small[n], ones, ones);
+        });
+    unrolled<kSums>([&](auto n) TINYCHAT_INLINE { asm volatile("" ::"x"(sums[n]), "x"(small[n])); });
+    return rounds * kSums * kLine / 2;
+}
+
+constexpr LinearKernels kTable = {
+    quantize, stream<stream4<kStreamTile>, stream4<1>>, stream<stream8<kStreamTile>, stream8<1>>,
+    unpack4,  unpack8,
+    multiply<4>, multiply<8>, exact<4>, exact<8>, products};
 
 }  // namespace
 }  // namespace tinychat

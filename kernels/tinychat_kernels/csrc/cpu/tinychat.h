@@ -61,6 +61,11 @@ TINYCHAT_EXPORT void tc_linear(const tc_weights* w, const float* x, int64_t ldx,
 TINYCHAT_EXPORT void tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values,
                                  float* scales);
 
+// To compare kernels with: the sum of `size` bytes by words of 8, read by all threads; and as many int8 products as the
+// registers take, `rounds` times: their number.
+TINYCHAT_EXPORT uint64_t tc_read(const void* memory, int64_t size);
+TINYCHAT_EXPORT int64_t tc_products(int64_t rounds);
+
 #ifdef __cplusplus
 }
 #endif
