@@ -201,6 +201,8 @@ class Decoder:
         lengths = [start + count for start in rows.starts]
         self._check_rows(rows, batch, max(lengths))
         is_tokens = not inputs.is_floating_point()
+        if is_tokens and not 0 <= int(inputs.min()) <= int(inputs.max()) < len(self.weights.embeddings):
+            raise KernelError(f"a token is none of the {len(self.weights.embeddings)} that there are")
         given = inputs.to(torch.int64 if is_tokens else torch.float32).contiguous()
         angles = None if rotary.angles is None else rotary.angles.to(torch.int32).contiguous()
         slots, starts = ((_INT32 * batch)(*numbers) for numbers in (rows.slots, rows.starts))
@@ -241,8 +243,10 @@ class Decoder:
         keys = rows.layers[0][0]
         w = self.weights
         shape = (w.kv_heads, keys.shape[2], w.head_dim)
-        if tuple(keys.shape[1:]) != shape or len(rows.layers) != len(w.layers) or keys.dtype not in SCALES:
-            raise KernelError(f"{len(rows.layers)} layers of a cache {list(keys.shape)} {keys.dtype} do not fit")
+        fits = tuple(keys.shape[1:]) == shape and len(rows.layers) == len(w.layers)
+        if not fits or keys.dtype not in SCALES or keys.device.type != "cpu" or not keys.is_contiguous():
+            found = f"{len(rows.layers)} layers of a cache {list(keys.shape)} of {keys.dtype} on {keys.device}"
+            raise KernelError(f"{found} came for {len(w.layers)} of {list(shape)} a slot")
         if len(rows.slots) != batch or len(rows.starts) != batch or longest > keys.shape[2]:
             raise KernelError(f"{len(rows.slots)} rows up to {longest} came for {batch}, of {keys.shape[2]} at most")
 

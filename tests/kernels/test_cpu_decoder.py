@@ -347,11 +347,17 @@ def test_rows_that_do_not_fit():
         (Rows(layers, [0], [0]), "1 rows"),
         (Rows(layers, [0, 1], [0, CAPACITY - 8]), "2 rows up to 301 came for 2, of 300 at most"),
         (Rows(layers[:1], [0, 1], [0, 0]), "1 layers of a cache"),
-        (Rows([(k.double(), v.double()) for k, v in layers], [0, 1], [0, 0]), "torch.float64 do not fit"),
-        (Rows([(k[..., :16], v[..., :16]) for k, v in layers], [0, 1], [0, 0]), "do not fit"),
+        (Rows([(k.double(), v.double()) for k, v in layers], [0, 1], [0, 0]), "of torch.float64 on cpu came for 2 of"),
+        (Rows([(k[..., :16], v[..., :16]) for k, v in layers], [0, 1], [0, 0]), "came for 2 of"),
     ):
         with pytest.raises(KernelError, match=says):
             decoder.forward(ids, rows, rotary())
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCABULARY])
+def test_tokens_that_are_none(wrong: int):
+    with pytest.raises(KernelError, match="a token is none of the 50 that there are"):
+        run(make(layers=1), torch.tensor([[1, wrong, 2]]))
 
 
 def test_linears_that_cannot_be_joined():

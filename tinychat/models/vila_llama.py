@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tinychat.config import FLOAT_TYPES, VilaConfig
 from tinychat.errors import ModelError, UsageError
+from tinychat.layers.cpu_decoder import CpuDecoder
 from tinychat.layers.kv_cache import KVCache, KVPool, start_positions
 from tinychat.models import vila_fusion
 from tinychat.models.llama import LlamaForCausalLM
@@ -56,6 +57,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             return
         config = config or self.config
         self._owned: KVCache | None = None
+        self._one_call: CpuDecoder | None = None
         self.llm = LlamaForCausalLM(config.text)
         self.build_vision(config.vision, config.projector)
         dtype = _dtype_of(config, self.llm.lm_head.weight.device)
@@ -116,11 +118,12 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             raise UsageError("a row has no tokens to prefill", "give at least one token a row")
         starts = cache.starts(start)
         cache.check_room(starts, embeds.shape[1])
-        hidden = embeds
-        for piece in embeds.split(chunk, dim=1):
-            hidden = self._step(piece, cache, starts)
+        self._choose_way()
+        *pieces, last = embeds.split(chunk, dim=1)
+        for piece in pieces:
+            self._step(piece, cache, starts, "none")
             starts = [at + piece.shape[1] for at in starts]
-        return self.llm.logits(hidden[:, -1:])
+        return cast("Tensor", self._step(last, cache, starts, "last"))
 
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """The newest token of each row `[B, 1]` -> logits `[B, 1, V]`, appended to the cache."""
@@ -129,7 +132,9 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
     @torch.no_grad()
     def verify(self, ids: Tensor, cache: KVCache) -> Tensor:
         """K tokens a row `[B, K]` appended to the cache -> logits after each `[B, K, V]`."""
-        return self.llm.logits(self._step(self.embed_text(ids), cache, list(cache.lengths)))
+        if self._one_call is None:
+            self._choose_way()
+        return cast("Tensor", self._step(ids, cache, list(cache.lengths), "every"))
 
     def make_cache(self, rows: int = 1, capacity: int | None = None) -> KVCache:
         """An empty cache of the model's dtype; by default min(max_position_embeddings, 4096) tokens a row."""
@@ -137,11 +142,26 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         capacity = capacity or min(text.max_position_embeddings, OWNED_CAPACITY)
         return KVPool(text, rows, capacity, self.dtype, self.device).take(rows)
 
-    def _step(self, embeds: Tensor, cache: KVCache, starts: list[int]) -> Tensor:
+    def _step(self, inputs: Tensor, cache: KVCache, starts: list[int], want: str) -> Tensor | None:
+        """Ids `[B, T]` or embeddings `[B, T, D]` into the cache -> logits of the "last" token, "every" or "none"."""
         cache.truncate(starts)
+        cache.check_room(starts, inputs.shape[1])
+        run = self._by_modules if self._one_call is None else self._one_call.forward
+        logits = run(inputs, cache, starts, want)
+        cache.advance(inputs.shape[1])
+        return logits
+
+    def _by_modules(self, inputs: Tensor, cache: KVCache, starts: list[int], want: str) -> Tensor | None:
+        embeds = inputs if inputs.is_floating_point() else self.embed_text(inputs)
         hidden = self.llm.model(embeds, starts, cache).hidden
-        cache.advance(embeds.shape[1])
-        return hidden
+        if want == "none":
+            return None
+        return self.llm.logits(hidden[:, -1:] if want == "last" else hidden)
+
+    def _choose_way(self) -> None:
+        """Whether the CPU kernels run the decoder in one call: asked at each prefill, since modules may be changed."""
+        if self._one_call is None or not self._one_call.is_current():
+            self._one_call = CpuDecoder.of(self.llm, self.llm.config)
 
     # The cache that the model owns: a plain attribute, outside state_dict, pickle and deepcopy.
 
@@ -166,8 +186,12 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         keys = self._owned.layer(0).k
         return keys.dtype == self.dtype and keys.device == self.device
 
+    def _apply(self, fn: Any, recurse: bool = True) -> VilaLlamaForCausalLM:
+        self._one_call = None
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owned": None}
+        return {**self.__dict__, "_owned": None, "_one_call": None}
 
     # What PreTrainedModel asks for.
 
@@ -213,6 +237,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             new.weight[:keep] = was.weight[:keep]
             new.weight[keep:] = was.weight.mean(0)
             new.requires_grad_(was.weight.requires_grad)
+        self._one_call = None
         old.config = old.model.config = new_text
         old.model.embed_tokens, old.lm_head = table, head
         old.tie_weights()
