@@ -32,8 +32,8 @@
 #define TINYCHAT_DOTPROD "dotprod"
 #define TINYCHAT_I8MM "dotprod,i8mm"
 #else
-#define TINYCHAT_DOTPROD "+dotprod"
-#define TINYCHAT_I8MM "+dotprod+i8mm"
+#define TINYCHAT_DOTPROD "arch=armv8.2-a+dotprod"
+#define TINYCHAT_I8MM "arch=armv8.2-a+dotprod+i8mm"
 #endif
 
 namespace tinychat {
