@@ -244,14 +244,38 @@ def test_setup_refuses_unknown_flags():
 
 
 def in_wheel(path: Path) -> bool:
-    shipped = path.suffix == ".py" or path.name == "py.typed" or path.is_relative_to("tinychat/assets/demo")
+    data = any(path.is_relative_to(folder) for folder in ("tinychat/assets/demo", "kernels/tinychat_kernels/csrc"))
+    shipped = path.suffix == ".py" or path.name == "py.typed" or data
     return shipped and any(path.is_relative_to(package) for package in PACKAGES)
 
 
-def test_the_wheel_is_complete(checkout: Path, tmp_path: Path):
+def wheel_of(checkout: Path, out: Path, compiler: str | None) -> tuple[set[str], str]:
+    """The names in the wheel, and what pip said; `compiler` None: the machine's."""
     shutil.copytree(ROOT / "tinychat", checkout / "tinychat", dirs_exist_ok=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-q"]
-    subprocess.run([*command, "-w", tmp_path, checkout], check=True, timeout=300)
-    with zipfile.ZipFile(next(tmp_path.glob("tinychat-*.whl"))) as wheel:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-v"]
+    chosen = {} if compiler is None else {"CXX": compiler}
+    done = subprocess.run(
+        [*command, "-w", out, checkout], check=True, timeout=900, capture_output=True, text=True,
+        env={**os.environ, **chosen},
+    )  # fmt: skip
+    with zipfile.ZipFile(next(out.glob("tinychat-*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == {path.as_posix().removeprefix("kernels/") for path in readme_tree.files(ROOT) if in_wheel(path)}
+    return names, done.stdout + done.stderr
+
+
+def shipped() -> set[str]:
+    return {path.as_posix().removeprefix("kernels/") for path in readme_tree.files(ROOT) if in_wheel(path)}
+
+
+def test_the_wheel_is_complete_and_says_what_a_missing_compiler_costs(checkout: Path, tmp_path: Path):
+    names, said = wheel_of(checkout, tmp_path, compiler="no-such-compiler")
+    assert names == shipped()
+    assert "tinychat is installed without its CPU kernels and will be slow: no-such-compiler does not run" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_the_wheel_holds_the_compiled_kernels(checkout: Path, tmp_path: Path):
+    names, _ = wheel_of(checkout, tmp_path, compiler=None)
+    assert names == shipped() | {"tinychat_kernels/_cpu.so"}
