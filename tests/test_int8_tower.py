@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from same import assert_same
 from torch import Tensor, nn
 
+from tinychat.convert import convert
 from tinychat.errors import ModelError
 from tinychat.layers.int8_linear import Int8Linear
 from tinychat.load import Placement, assemble, load_model, open_source
@@ -131,3 +132,22 @@ def test_tensors_that_are_wrong(tmp_path: Path, end: str, value: Tensor | None, 
     change(folder, end, value)
     with pytest.raises(ModelError, match=words):
         load_model(folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("to", ["vila", "llm-awq-v2"])
+def test_it_is_converted_as_it_is(tmp_path: Path, to: str) -> None:
+    source = int8_folder(tmp_path / "in", spare="fc2", hidden_size=128, intermediate_size=256)
+    convert(source, tmp_path / "out", to)
+    before, after = (load_file(folder / "vision_tower" / "model.safetensors") for folder in (source, tmp_path / "out"))
+    theirs = {name.rpartition("encoder.")[2]: tensor for name, tensor in after.items()}
+    assert all(torch.equal(tensor, theirs[name.rpartition("encoder.")[2]]) for name, tensor in before.items())
+    ours, other = (load_model(folder, dtype="float32", device="cpu") for folder in (source, tmp_path / "out"))
+    assert int8_of(other) == int8_of(ours) and torch.equal(features(other), features(ours))
+
+
+@pytest.mark.parametrize("to", ["awq-gemm", "compressed-tensors"])
+def test_one_config_cannot_say_it(tmp_path: Path, to: str) -> None:
+    words = f"the vision tower has 8-bit weights, which {to} cannot say; convert it with --to vila or llm-awq-v2"
+    with pytest.raises(ModelError, match=words):
+        convert(int8_folder(tmp_path / "in"), tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()

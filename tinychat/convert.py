@@ -24,6 +24,7 @@ from tinychat.errors import CapacityError, ModelError, UsageError
 from tinychat.flags import ConvertFlags
 from tinychat.hub import find_tower
 from tinychat.inputs.processor import Processor
+from tinychat.int8_tower import int8_linears
 from tinychat.pickled import write_pickle
 from tinychat.quantization import quantization_of
 from tinychat.quantize.job import SPARED
@@ -143,7 +144,7 @@ def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None) ->
     on_disk = as_gemm(stored, found)
     layout = _layout(config, target, to)
     job = Job(folder, config, _with_head(on_disk, config), found.spec, found.format.name, target, layout, scales)
-    empty = load.empty_model(config, torch.float16, job.spec, frozenset(job.linears))
+    empty = load.empty_model(config, torch.float16, job.spec, frozenset(job.linears), _int8(job, to))
     compare(empty, on_disk, config.layout).check()
     _check_linears(job)
     _check_space(job, out)
@@ -151,6 +152,14 @@ def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None) ->
         return job
     layouts.check_llava(config)
     return Job(folder, config, job.index, found.spec, job.stored, target, layout, scales, _image_token(job))
+
+
+def _int8(job: Job, to: str) -> frozenset[str]:
+    """The tower's 8-bit linears. Raises ModelError where one config.json is to tell of tower and decoder."""
+    found = int8_linears(job.config, job.index)
+    if found and job.layout != "vila":
+        raise ModelError(f"the vision tower has 8-bit weights, which {to} cannot say", layouts.VILA)
+    return found
 
 
 def _layout(config: VilaConfig, target: Target, to: str) -> str:

@@ -123,9 +123,10 @@ def vila_config(config: VilaConfig, dtype: str) -> Json:
 
 
 def part_config(config: VilaConfig, part: str) -> Json:
-    """config.json of a part of a VILA folder, without the quantization."""
+    """config.json of a part of a VILA folder, without the decoder's quantization; the tower's is its own."""
     fields = dict(getattr(config, VILA_PARTS[part]) or {})
-    fields.pop("quantization_config", None)
+    if part != "vision_tower":
+        fields.pop("quantization_config", None)
     return {"model_type": "v2l_projector", **fields} if part == "mm_projector" else fields
 
 
