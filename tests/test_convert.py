@@ -22,7 +22,8 @@ from tinychat.convert import TARGETS, convert, plan
 from tinychat.core import Finished, Image, Message, Progress, Request, StoppingParams, Text
 from tinychat.engine.engine import Engine
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
-from tinychat.load import load, load_model
+from tinychat.load import load, load_model, open_source
+from tinychat.planner import weights_bytes
 from tinychat_kernels.formats import COMPRESSED_TENSORS, GEMM, GPTQ, LLM_AWQ_V2, Format
 
 NEW_ROWS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -111,7 +112,11 @@ def test_an_old_pickle_becomes_what_transformers_names(tmp_path: Path):
         "group_size": 32,
         "zero_point": True,
         "modules_to_not_convert": [
-            "vision_tower", "multi_modal_projector", "lm_head", "model.vision_tower", "model.multi_modal_projector",
+            "vision_tower",
+            "multi_modal_projector",
+            "lm_head",
+            "model.vision_tower",
+            "model.multi_modal_projector",
         ],
     }
     assert raw["image_token_index"] < raw["text_config"]["vocab_size"]
@@ -209,6 +214,101 @@ def test_scales_in_another_type(tmp_path: Path):
         assert found[name].dtype == (torch.float16 if name.endswith("scales") else tensor.dtype)
 
 
+def test_awq_gemm_has_scales_in_float16_or_what_was_asked_for(tmp_path: Path):
+    source = packed_folder(tmp_path / "bf16", COMPRESSED_TENSORS, dtype=torch.bfloat16)
+    convert(source, tmp_path / "fp16", "awq-gemm")
+    convert(source, tmp_path / "kept", "awq-gemm", scales=torch.bfloat16)
+    convert(source, tmp_path / "as", "compressed-tensors")
+    for folder, kind, end in (("fp16", torch.float16, "scales"), ("kept", torch.bfloat16, "scales")):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert {tensor.dtype for name, tensor in found.items() if name.endswith(end)} == {kind}
+        assert answer(tmp_path / folder, None) == answer(source, None)
+    same_model(tmp_path / "as", source)
+
+
+@pytest.mark.parametrize("value", [1e-9, 1e5], ids=["too small", "too large"])
+def test_scales_that_float16_has_not_are_refused(tmp_path: Path, value: float):
+    source = packed_folder(tmp_path / "source", GEMM, dtype=torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.scales"][0, 3] = value
+    save_file(tensors, source / "model.safetensors")
+    words = (
+        r"up_proj cannot be converted: 1 of \d+ scales are torch.bfloat16 and have no value in torch.float16; choose"
+    )
+    with pytest.raises(ModelError, match=words):
+        convert(source, tmp_path / "out", "awq-gemm")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    convert(source, tmp_path / "out", "awq-gemm", scales=torch.bfloat16)
+
+
+# A head of 4 or 8 bits
+
+
+def head_of(folder: Path) -> Tensor:
+    return tensors_of(folder)["llm.lm_head.weight"]
+
+
+def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
+    """To the nearest, symmetrically: steps of a group's largest magnitude over the top integer."""
+    groups = weight.float().unflatten(1, (-1, group))
+    top = 2 ** (bits - 1) - 1
+    step = (groups.abs().amax(2, keepdim=True) / top).half().float()
+    return ((groups / step).round().clamp(-top - 1, top) * step).flatten(1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("layout", ["text", "vila"])
+def test_a_head_of_few_bits(tmp_path: Path, bits: int, layout: str):
+    source = packed_folder(tmp_path / "source", GEMM, layout)
+    found = convert(source, tmp_path / "out", "compressed-tensors", lm_head_bits=bits)
+    assert found["lm_head_bits"] == bits
+    wanted = rounded(head_of(source), bits, 32)
+    off = (head_of(tmp_path / "out")[: len(wanted)] - wanted).abs() > 1e-6
+    assert int(off.sum()) <= 1e-3 * off.numel()  # ties, and steps whose last bit depends on the order of computing
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert [group["targets"] for group in raw["config_groups"].values()] == [["Linear"], ["re:.*lm_head$"]]
+    assert raw["config_groups"]["group_1"]["weights"]["num_bits"] == bits and "lm_head" not in str(raw["ignore"])
+    prefix = "language_model." if layout == "vila" else ""
+    packed = load_file(tmp_path / "out" / "model.safetensors")[f"{prefix}lm_head.weight_packed"]
+    assert packed.dtype == torch.int32 and packed.shape[1] == 128 * bits // 32
+
+    convert(tmp_path / "out", tmp_path / "again", "compressed-tensors")
+    same_model(tmp_path / "again", tmp_path / "out")
+
+
+def test_the_memory_of_a_packed_head_is_that_of_a_float_one(tmp_path: Path):
+    source = packed_folder(tmp_path / "source", COMPRESSED_TENSORS)
+    convert(source, tmp_path / "out", "compressed-tensors", lm_head_bits=8)
+    sizes = [weights_bytes(open_source(path).index, torch.float16) for path in (source, tmp_path / "out")]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("to", "bits", "packed", "words"),
+    [
+        ("awq-gemm", 8, None, "awq-gemm cannot say that the head has 8 bits; give --to compressed-tensors"),
+        ("awq-gemm", None, 8, "awq-gemm cannot say that the head has 8 bits"),
+        ("llm-awq-v2", 4, None, "llm-awq-v2 cannot say that the head has 4 bits"),
+        ("compressed-tensors", 4, 8, "the head has 8 bits, and 4 are asked for; convert the 16-bit original"),
+        ("compressed-tensors", 16, 4, "the head has 4 bits, and 16 are asked for"),
+        ("compressed-tensors", 5, None, "a head of 5 bits is asked for; give 4, 8 or 16"),
+    ],
+)
+def test_heads_that_cannot_be(tmp_path: Path, to: str, bits: int | None, packed: int | None, words: str):
+    source = packed_folder(tmp_path / "source", GEMM)
+    if packed:
+        convert(source, tmp_path / "packed", "compressed-tensors", lm_head_bits=packed)
+        source = tmp_path / "packed"
+    with pytest.raises(TinychatError, match=words):
+        convert(source, tmp_path / "out", to, lm_head_bits=bits)
+
+
+def test_a_head_that_is_the_embeddings_stays(tmp_path: Path):
+    source = make_tiny_model(tmp_path / "source", "text", quantize=32, tied=True)
+    with pytest.raises(ModelError, match="the head is the embeddings, which stay in 16 bits, and 8 bits are asked"):
+        convert(source, tmp_path / "out", "compressed-tensors", lm_head_bits=8)
+
+
 def command(capfd: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     code = main(["convert", *map(str, args)])
     out, err = capfd.readouterr()
@@ -234,6 +334,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
             "a model, a folder to write and a format are needed; write tinychat convert IN OUT",
         ),
         (("source", "out", "--to", "awq-gemm", "--scales", "fp8"), 2, "--scales is 'fp8'; give fp16 or bf16"),
+        (("source", "out", "--to", "awq-gemm", "--lm-head-bits", "5"), 2, "--lm-head-bits is 5; give 4, 8 or 16"),
         (("source", "source", "--to", "awq-gemm"), 2, "source exists; give a folder that does not exist yet"),
         (("source", "out", "--to", "vila"), 3, "the model reads text only"),
     ],

@@ -17,6 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 PEERS = {"awq-gemm": "gptqmodel", "compressed-tensors": "compressed_tensors"}
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What files mean is compared, not kernels: ours that round activations stay out."""
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+
+
 def source_for(to: str, folder: Path, layout: str) -> Path:
     """Symmetric for compressed-tensors: transformers 5.23 with version 0.20 of it cannot load packed zero points."""
     if to == "awq-gemm":
@@ -43,6 +49,14 @@ def test_text(tmp_path: Path, to: str) -> None:
     source = source_for(to, tmp_path / "source", "text")
     convert(source, tmp_path / "out", to)
     check(source, tmp_path / "out", "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_packed_head(tmp_path: Path, bits: int, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("compressed_tensors")
+    source = source_for("compressed-tensors", tmp_path / "source", "text")
+    convert(source, tmp_path / "out", "compressed-tensors", lm_head_bits=bits)
+    peer_logits.compare(tmp_path / "out", f"head of {bits} bits by tinychat convert", capfd)
 
 
 @pytest.mark.parametrize("to", PEERS)

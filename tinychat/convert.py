@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,17 +26,20 @@ from tinychat.hub import find_tower
 from tinychat.inputs.processor import Processor
 from tinychat.int8_tower import int8_linears
 from tinychat.pickled import write_pickle
-from tinychat.quantization import quantization_of
-from tinychat.quantize.job import SPARED
-from tinychat.repack import as_gemm, packed_linears
+from tinychat.quantization import Quantization, quantization_of
+from tinychat.quantize.job import HALVES, SPARED
+from tinychat.repack import Computed, as_gemm, packed_linears
+from tinychat.weight_files import Entry
 from tinychat_kernels.errors import LayoutError
-from tinychat_kernels.formats import COMPRESSED_TENSORS, GEMM, LLM_AWQ_V2, Format
+from tinychat_kernels.formats import COMPRESSED_TENSORS, COMPRESSED_TENSORS_8, GEMM, LLM_AWQ_V2, Format
 from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec, to_logical
 
 Json = dict[str, Any]
 Report = Callable[[Progress], None]
 
 PARTS = tuple(AwqGemm._fields)
+LM_HEAD = "llm.lm_head.weight"
+HEADS = {4: COMPRESSED_TENSORS, 8: COMPRESSED_TENSORS_8}  # by bits
 HEAD = "vision_tower.vision_model.head."  # no computation of ours needs it, and SigLIP's config in transformers may
 ROWS = 64  # a vocabulary grows in steps of this
 GIB = 2**30
@@ -45,14 +48,15 @@ LINEAR = re.compile(r"llm\.model\.(layers\..*_proj)\.weight")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A format, and whether it comes as a VILA folder or as a folder of transformers."""
+    """A format, and whether it comes as a VILA folder or as a folder of transformers; the only scales that it takes."""
 
     format: Format
     vila: bool
+    scales: torch.dtype | None = None
 
 
 TARGETS = {
-    "awq-gemm": Target(GEMM, vila=False),
+    "awq-gemm": Target(GEMM, vila=False, scales=torch.float16),  # programs that read it have them in float16
     "vila": Target(GEMM, vila=True),
     "compressed-tensors": Target(COMPRESSED_TENSORS, vila=False),
     "llm-awq-v2": Target(LLM_AWQ_V2, vila=True),
@@ -70,7 +74,10 @@ class ImageToken:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is converted, checked as far as headers tell. Names of `index` are those in memory."""
+    """What is converted, checked as far as headers tell. Names of `index` are those in memory.
+
+    `head`: how the head is written where it does not stay as it is in 16 bits.
+    """
 
     folder: Path
     config: VilaConfig
@@ -81,6 +88,7 @@ class Job:
     layout: str
     scales: torch.dtype | None = None
     image: ImageToken | None = None
+    head: QuantSpec | None = None
 
     @property
     def linears(self) -> list[str]:
@@ -92,15 +100,22 @@ class Job:
 
 
 def convert(
-    folder: Path, out: Path, to: str, *, scales: torch.dtype | None = None, progress: Report | None = None
+    folder: Path,
+    out: Path,
+    to: str,
+    *,
+    scales: torch.dtype | None = None,
+    lm_head_bits: int | None = None,
+    progress: Report | None = None,
 ) -> Json:
     """Write `folder` as `out` in the format `to` (a key of TARGETS), and say what was done.
 
     `out` appears when it is complete. `scales`: another 16-bit type for them, where every one of them has it.
+    `lm_head_bits`: 4 or 8 rounds the head to the nearest, symmetrically in the linears' groups; None leaves it alone.
     Raises UsageError (an unknown format, an `out` that exists), ModelError (weights that are not 4-bit, or that the
     target cannot hold), FormatError (damaged files), CapacityError (the disk).
     """
-    job = plan(folder, out, to, scales)
+    job = plan(folder, out, to, scales, lm_head_bits)
     with _beside(out) as draft:
         _write_weights(job, draft, progress)
         _write_files(job, draft)
@@ -114,6 +129,7 @@ def convert(
         "layout": job.layout,
         "group_size": job.spec.group_size,
         "linears": len(job.linears),
+        "lm_head_bits": job.head.bits if job.head else 16,
         "bytes": sum((out / name).stat().st_size for name in files),
         "files": files,
     }
@@ -122,16 +138,18 @@ def convert(
 def perform(folder: Path, flags: ConvertFlags, progress: Report) -> Json:
     """The verb: what `convert` says of what the flags ask for."""
     scales = FLOAT_TYPES[load.SHORT[flags.scales]] if flags.scales else None
-    return convert(folder, Path(flags.out or ""), flags.to or "", scales=scales, progress=progress)
+    bits, out = flags.lm_head_bits, Path(flags.out or "")
+    return convert(folder, out, flags.to or "", scales=scales, lm_head_bits=bits, progress=progress)
 
 
 def sentence(found: Json) -> str:
     """What was done, for people."""
     size = f"{found['linears']} 4-bit linears, {found['bytes'] / 2**20:,.1f} MiB"
-    return f"{found['out']} holds {found['model']} as {found['to']}: {size}, q, scales and zero points unchanged"
+    head = f"; its head has {found['lm_head_bits']} bits" if found["lm_head_bits"] != 16 else ""
+    return f"{found['out']} holds {found['model']} as {found['to']}: {size}, q, scales and zero points unchanged{head}"
 
 
-def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None) -> Job:
+def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None, lm_head_bits: int | None = None) -> Job:
     """Everything that can be refused before a byte is written."""
     if to not in TARGETS:
         raise UsageError(f"there is no format {to!r}", f"give one of {', '.join(TARGETS)}")
@@ -143,7 +161,9 @@ def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None) ->
         raise ModelError(f"{folder} has no 4-bit weights", "quantize the model first: tinychat quantize MODEL OUT")
     on_disk = as_gemm(stored, found)
     layout = _layout(config, target, to)
-    job = Job(folder, config, _with_head(on_disk, config), found.spec, found.format.name, target, layout, scales)
+    index, scales = _with_head(on_disk, config), scales or target.scales
+    head = _head(index, found, lm_head_bits, to)
+    job = Job(folder, config, index, found.spec, found.format.name, target, layout, scales, head=head)
     empty = load.empty_model(config, torch.float16, job.spec, frozenset(job.linears), _int8(job, to))
     compare(empty, on_disk, config.layout).check()
     _check_linears(job)
@@ -151,7 +171,35 @@ def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None) ->
     if layout != "llava_hf" or config.layout == "llava_hf":
         return job
     layouts.check_llava(config)
-    return Job(folder, config, job.index, found.spec, job.stored, target, layout, scales, _image_token(job))
+    return replace(job, image=_image_token(job))
+
+
+def _head(index: Index, found: Quantization, bits: int | None, to: str) -> QuantSpec | None:
+    """How the head is written; None for 16 bits. Raises ModelError for what it cannot become, or the format not say."""
+    stored = found.head or found.spec if isinstance(_entry(index, LM_HEAD), Computed) else None
+    if bits not in (None, 16, *HEADS):
+        raise UsageError(f"a head of {bits} bits is asked for", "give 4, 8 or 16")
+    if bits is not None and stored is not None and bits != stored.bits:
+        raise ModelError(f"the head has {stored.bits} bits, and {bits} are asked for", "convert the 16-bit original")
+    if bits in (None, 16) and stored is None:
+        return None
+    spec = stored or QuantSpec(bits or 16, found.spec.group_size, zero_point=False)
+    if TARGETS[to].format is not COMPRESSED_TENSORS:
+        message = f"{to} cannot say that the head has {spec.bits} bits"
+        raise ModelError(message, "give --to compressed-tensors, or a model whose head has 16 bits")
+    if LM_HEAD not in index:
+        message = f"the head is the embeddings, which stay in 16 bits, and {spec.bits} bits are asked for"
+        raise ModelError(message, "leave --lm-head-bits out")
+    columns, rows = index.shape(LM_HEAD)
+    try:
+        HEADS[spec.bits].check(spec, rows, columns)
+    except LayoutError as error:
+        raise ModelError(f"the head cannot be converted: {error}", "leave --lm-head-bits out") from error
+    return spec
+
+
+def _entry(index: Index, name: str) -> Entry | None:
+    return index.entry(name) if name in index else None
 
 
 def _int8(job: Job, to: str) -> frozenset[str]:
@@ -260,7 +308,9 @@ def _tensors(job: Job, names: list[str], tell: Callable[[], None]) -> Iterator[t
     packed = set(job.linears)
     for name in names:
         stem, _, end = name.rpartition(".")
-        if stem not in packed or end not in PARTS:
+        if name == LM_HEAD and job.head is not None:
+            yield from ((f"{stem}.{part}", tensor) for part, tensor in _packed_head(job, job.head).items())
+        elif stem not in packed or end not in PARTS:
             yield name, _with_rows(job, name, job.index.get(name))
         elif end == PARTS[0]:
             yield from ((f"{stem}.{part}", tensor) for part, tensor in _packed(job, stem).items())
@@ -272,7 +322,26 @@ def _packed(job: Job, stem: str) -> dict[str, Tensor]:
     try:
         return job.target.format.pack(_with_scales(found, job.scales), job.spec)
     except LayoutError as error:
-        raise ModelError(f"{stem} cannot be converted: {error}", "choose another format") from error
+        remedy = "choose another format, or other --scales"
+        raise ModelError(f"{stem} cannot be converted: {error}", remedy) from error
+
+
+def _packed_head(job: Job, spec: QuantSpec) -> dict[str, Tensor]:
+    """The head's tensors: as they are packed already, or rounded; with rows for the image token."""
+    from awq.rounding import Rounding
+
+    entry, format = job.index.entry(LM_HEAD), HEADS[spec.bits]
+    try:
+        if isinstance(entry, Computed):
+            stored = Index(entry.sources)
+            logical = _with_scales(format.unpack({end: stored.get(end) for end in stored.names()}, spec), job.scales)
+        else:
+            kind = job.scales or (entry.dtype if entry.dtype in HALVES else torch.float16)
+            logical = Rounding(spec, kind).logical(job.index.get(LM_HEAD))
+        columns = _with_rows(job, LM_HEAD, torch.arange(logical.q.shape[1])[:, None])[:, 0]
+        return format.pack(Logical(*(tensor[:, columns] for tensor in logical)), spec)
+    except LayoutError as error:
+        raise ModelError(f"the head cannot be converted: {error}", "leave --lm-head-bits out") from error
 
 
 def _with_scales(logical: Logical, dtype: torch.dtype | None) -> Logical:
@@ -287,7 +356,7 @@ def _with_scales(logical: Logical, dtype: torch.dtype | None) -> Logical:
 
 def _with_rows(job: Job, name: str, tensor: Tensor) -> Tensor:
     """The embeddings and the head with rows for the image token: copies of a row that no answer has."""
-    if job.image is None or name not in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+    if job.image is None or name not in ("llm.model.embed_tokens.weight", LM_HEAD):
         return tensor
     more = job.image.vocab_size - tensor.shape[0]
     row = job.image.filler
@@ -299,7 +368,7 @@ def _write_files(job: Job, draft: Path) -> None:
     for place, path in layouts.files_to_carry(job.folder, tower, job.layout == "vila").items():
         if place.name != "processor_config.json" or job.layout == "llava_hf":
             shutil.copyfile(path, draft / place)
-    quantization = layouts.quantization_config(job.target.format, job.spec, _spared(job), job.layout)
+    quantization = layouts.quantization_config(job.target.format, job.spec, _spared(job), job.layout, job.head)
     if job.layout == "vila":
         _write_vila_configs(job, draft, quantization)
     else:

@@ -296,7 +296,14 @@ class ConvertFlags:
     ] = None
     scales: Annotated[
         str | None,
-        typer.Option(help="Store scales as fp16 or bf16, where every one has the value.", show_default="as they are"),
+        typer.Option(
+            help="Store scales as fp16 or bf16, where every one has the value.",
+            show_default="fp16 for awq-gemm, else as they are",
+        ),
+    ] = None
+    lm_head_bits: Annotated[
+        int | None,
+        typer.Option(help="4 or 8: round the head as well; compressed-tensors alone.", show_default="as it is"),
     ] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     plain: Plain = False
@@ -308,6 +315,8 @@ class ConvertFlags:
             raise UsageError(message, "write tinychat convert IN OUT --to FORMAT")
         if self.scales not in (None, "fp16", "bf16"):
             raise UsageError(f"--scales is {self.scales!r}", "give fp16 or bf16")
+        if self.lm_head_bits not in (None, 4, 8, 16):
+            raise UsageError(f"--lm-head-bits is {self.lm_head_bits}", "give 4, 8 or 16")
 
 
 @dataclass(frozen=True)

@@ -130,10 +130,12 @@ def part_config(config: VilaConfig, part: str) -> Json:
     return {"model_type": "v2l_projector", **fields} if part == "mm_projector" else fields
 
 
-def quantization_config(format: Format, spec: QuantSpec, spared: Sequence[str], layout: str) -> Json | None:
+def quantization_config(
+    format: Format, spec: QuantSpec, spared: Sequence[str], layout: str, head: QuantSpec | None = None
+) -> Json | None:
     """What config.json says of packed weights; None for llm-awq, whose files say it by their shapes.
 
-    AWQ GEMM has zero points whether groups are symmetric or not, and says so.
+    AWQ GEMM has zero points whether groups are symmetric or not, and says so. `head`: compressed-tensors' own, packed.
     """
     if format is GEMM:
         group = {"bits": 4, "group_size": spec.group_size, "zero_point": True}
@@ -141,24 +143,33 @@ def quantization_config(format: Format, spec: QuantSpec, spared: Sequence[str], 
         return {"quant_method": "awq", "version": "gemm", **group, "modules_to_not_convert": left}
     if format is not COMPRESSED_TENSORS:
         return None
+    groups = {"group_0": _scheme("Linear", spec)}
+    if head is not None:
+        groups["group_1"] = _scheme("re:.*lm_head$", head)  # a name is found before a class
+    left = [name for name in spared if name != "lm_head" or head is None]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [f"re:.*{name.replace('.', '[.]')}.*" for name in left],
+        "kv_cache_scheme": None,
+    }
+
+
+def _scheme(target: str, spec: QuantSpec) -> Json:
+    """A config group of compressed-tensors."""
     per_row = spec.group_size == PER_ROW
     weights = {
-        "num_bits": 4,
+        "num_bits": spec.bits,
         "type": "int",
         "symmetric": not spec.zero_point,
         "strategy": "channel" if per_row else "group",
         "group_size": None if per_row else spec.group_size,
         "dynamic": False,
     }
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {**scheme, "format": "pack-quantized"}},
-        "ignore": [f"re:.*{name.replace('.', '[.]')}.*" for name in spared],
-        "kv_cache_scheme": None,
-    }
+    scheme = {"targets": [target], "weights": weights, "input_activations": None, "output_activations": None}
+    return {**scheme, "format": "pack-quantized"}
 
 
 def files_to_carry(folder: Path, tower: Path | None, vila: bool) -> dict[Path, Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from tinychat_kernels.layout import GROUP_SIZES, QuantSpec
 
 Json = dict[str, Any]
 
+HEAD, LINEAR = "lm_head", "model.layers.0.mlp.up_proj"  # examples of what a group may be for
 LLM_AWQ = "llm-awq"  # as a version or a backend: any of its generations
 AWQ = {  # version in the config -> format
     "gemm": formats.GEMM,
@@ -33,10 +35,16 @@ UNTOLD = "add the quantization_config that belongs to the weights to config.json
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the decoder's linears are stored, and what they stand for."""
+    """How the decoder's linears are stored, and what they stand for; `head`: how a head is that is packed as well."""
 
     format: Format
     spec: QuantSpec
+    head: QuantSpec | None = None
+
+    @property
+    def head_format(self) -> Format:
+        """Of the formats, compressed-tensors alone has others than 4 bits."""
+        return formats.COMPRESSED_TENSORS_8 if self.head is not None and self.head.bits == 8 else self.format
 
 
 def quantization_of(config: VilaConfig, index: Index | None = None) -> Quantization | None:
@@ -104,24 +112,51 @@ def _gptq(raw: Json) -> Quantization:
 
 def _compressed_tensors(raw: Json) -> Quantization:
     groups = list((raw.get("config_groups") or {}).values())
-    if len(groups) != 1:
-        raise ModelError(f"the quantization_config has {len(groups)} config_groups, one is supported", OTHER)
-    kind = str(groups[0].get("format") or raw.get("format"))
+    heads = [group for group in groups if _is_of_head(group.get("targets") or [])]
+    others = [group for group in groups if group not in heads]
+    if len(others) != 1 or len(heads) > 1:
+        message = f"the quantization_config has {len(groups)} config_groups, one is supported, and one of the head"
+        raise ModelError(message, OTHER)
+    spec = _scheme(raw, others[0], (4,))
+    head = _scheme(raw, heads[0], (4, 8)) if heads else spec
+    return Quantization(formats.COMPRESSED_TENSORS, spec, head)
+
+
+def _is_of_head(targets: Sequence[str]) -> bool:
+    """Whether the targets of a group name the head and no linear of the decoder."""
+    return bool(targets) and all(_names(target, HEAD) and not _names(target, LINEAR) for target in targets)
+
+
+def _names(target: str, module: str) -> bool:
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target.removeprefix("re:"), module) is not None
+    except re.error as error:
+        raise ModelError(f"the quantization_config has the target {target!r} ({error})", "check config.json") from error
+
+
+def _scheme(raw: Json, group: Json, bits: Sequence[int]) -> QuantSpec:
+    """What a config group says of its weights. Raises ModelError for what is not supported."""
+    kind = str(group.get("format") or raw.get("format"))
     if kind != "pack-quantized":
         raise _unsupported(f"compressed-tensors/{kind}")
-    weights: Json = groups[0].get("weights") or {}
-    _check_bits(weights.get("num_bits"), "compressed-tensors")
+    weights: Json = group.get("weights") or {}
+    if weights.get("num_bits") not in bits:
+        raise ModelError(
+            f"the checkpoint has {weights.get('num_bits')}-bit compressed-tensors weights", "take a 4-bit one"
+        )
     wanted: tuple[tuple[str, object, tuple[object, ...]], ...] = (
         ("type", weights.get("type", "int"), ("int",)),
         ("strategy", weights.get("strategy"), ("group", "channel")),
         ("actorder", weights.get("actorder"), (None, False, "static", "weight")),
-        ("input_activations", groups[0].get("input_activations"), (None,)),
+        ("input_activations", group.get("input_activations"), (None,)),
     )
     for name, found, known in wanted:
         if found not in known:
             raise ModelError(f"{name} of the quantization_config is {found!r}, which is not supported", OTHER)
-    group = weights.get("group_size") if weights.get("strategy") == "group" else -1
-    return Quantization(formats.COMPRESSED_TENSORS, QuantSpec(4, group or -1, not weights.get("symmetric", True)))
+    size = weights.get("group_size") if weights.get("strategy") == "group" else -1
+    return QuantSpec(weights["num_bits"], size or -1, not weights.get("symmetric", True))
 
 
 _METHODS = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}

@@ -1,4 +1,4 @@
-"""How files hold a 4-bit linear: which tensors it has, of which shapes, and how they give (q, scale, zero).
+"""How files hold a 4-bit linear, or an 8-bit head: which tensors, of which shapes, and how they give q, scale, zero.
 
 Every format is exact: `unpack(pack(logical)) == logical`, or pack says why it cannot hold it. Sources: AutoAWQ's
 WQLinear_GEMM, WQLinear_GEMV and WQLinear_GEMVFast; llm-awq's qmodule.py of its three generations (v0 = GEMM, v1 =
@@ -22,13 +22,12 @@ from tinychat_kernels.words import PER_WORD
 Shapes = Mapping[str, Sequence[int]]
 Tensors = Mapping[str, Tensor]
 
-MIDDLE = 8  # the zero point of symmetric groups, and what signed 4-bit values are shifted by
-
 
 class Format(ABC):
     """A format's tensors by the ends of their names. K inputs, N outputs; the first tensor marks a linear."""
 
     name: str
+    bits = 4
     scale_name = "scales"
     needs: Mapping[str, tuple[str, ...]]  # q, scale, zero -> the tensors that tell it
 
@@ -57,9 +56,12 @@ class Format(ABC):
 
     def check(self, spec: QuantSpec, rows: int, columns: int) -> None:
         """Raise LayoutError where the format cannot hold a linear of this size."""
-        if spec.bits != 4:
-            raise LayoutError(f"{self.name} is read and written with 4 bits, not {spec.bits}")
+        self._check_bits(spec)
         spec.check(rows, columns)
+
+    def _check_bits(self, spec: QuantSpec) -> None:
+        if spec.bits != self.bits:
+            raise LayoutError(f"{self.name} is read and written with {self.bits} bits, not {spec.bits}")
 
     def pack(self, logical: Logical, spec: QuantSpec) -> dict[str, Tensor]:
         """The tensors of a linear. Raises LayoutError where they would not give (q, scale, zero) back."""
@@ -230,44 +232,53 @@ def _scaled(zero: Tensor, scale: Tensor) -> Tensor:
 class CompressedTensors(Format):
     """pack-quantized: weight_packed `[N, K/8]`, weight_scale `[N, K/G]`, weight_zero_point `[N/8, K/G]`, all shifted.
 
-    Symmetric groups have no weight_zero_point. weight_shape is [N, K].
+    Symmetric groups have no weight_zero_point, and take any N. weight_shape is [N, K]. A word has 4 values of 8 bits.
     """
 
     name = "compressed-tensors"
     scale_name = "weight_scale"
     needs = {"q": ("weight_packed",), "scale": ("weight_scale",), "zero": ("weight_scale", "weight_zero_point")}
 
+    def __init__(self, bits: int = 4) -> None:
+        self.bits = bits
+        self.per_word = 32 // bits
+        self.middle = 2 ** (bits - 1)  # the zero point of symmetric groups, and what signed values are shifted by
+        self._words = (words.pack, words.unpack) if bits == 4 else (words.pack_bytes, words.unpack_bytes)
+
     def shapes(self, spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         groups = spec.groups(rows)
-        zeros = {"weight_zero_point": (columns // PER_WORD, groups)} if spec.zero_point else {}
-        packed = {"weight_packed": (columns, rows // PER_WORD), "weight_scale": (columns, groups)}
+        zeros = {"weight_zero_point": (columns // self.per_word, groups)} if spec.zero_point else {}
+        packed = {"weight_packed": (columns, rows // self.per_word), "weight_scale": (columns, groups)}
         return {**packed, **zeros, "weight_shape": (2,)}
 
     def size(self, shapes: Shapes) -> tuple[int, int]:
-        return shapes["weight_packed"][1] * PER_WORD, shapes["weight_packed"][0]
+        return shapes["weight_packed"][1] * self.per_word, shapes["weight_packed"][0]
 
     def check(self, spec: QuantSpec, rows: int, columns: int) -> None:
-        super().check(spec, rows, columns)
-        _check_rows(self.name, rows, PER_WORD)
+        self._check_bits(spec)
+        spec.group(rows)
+        _check_rows(self.name, rows, self.per_word)
+        if spec.zero_point and columns % self.per_word:
+            raise LayoutError(f"out_features={columns} is not a multiple of {self.per_word}, which zero points need")
 
     def q(self, tensors: Tensors, spec: QuantSpec) -> Tensor:
-        return words.unpack(tensors["weight_packed"]).T
+        return self._words[1](tensors["weight_packed"]).T
 
     def scale(self, tensors: Tensors, spec: QuantSpec) -> Tensor:
         return tensors["weight_scale"].T
 
     def zero(self, tensors: Tensors, spec: QuantSpec) -> Tensor:
         if not spec.zero_point:
-            return torch.full_like(tensors["weight_scale"].T, MIDDLE, dtype=torch.uint8)
-        return words.unpack(tensors["weight_zero_point"].T)
+            return torch.full_like(tensors["weight_scale"].T, self.middle, dtype=torch.uint8)
+        return self._words[1](tensors["weight_zero_point"].T)
 
     def _pack(self, logical: Logical, spec: QuantSpec) -> dict[str, Tensor]:
         rows, columns = logical.q.shape
-        packed = {"weight_packed": words.pack(logical.q.T), "weight_scale": logical.scale.T}
+        packed = {"weight_packed": self._words[0](logical.q.T), "weight_scale": logical.scale.T}
         if spec.zero_point:
-            packed["weight_zero_point"] = words.pack(logical.zero).T
-        elif not bool((logical.zero == MIDDLE).all()):
-            raise LayoutError(f"symmetric {self.name} weights have no zero points, and some here are not {MIDDLE}")
+            packed["weight_zero_point"] = self._words[0](logical.zero).T
+        elif not bool((logical.zero == self.middle).all()):
+            raise LayoutError(f"symmetric {self.name} weights have no zero points, and some here are not {self.middle}")
         return {**packed, "weight_shape": torch.tensor([columns, rows])}
 
 
@@ -332,6 +343,7 @@ GEMV = Gemv()
 GEMV_FAST = GemvFast("awq-gemv-fast", "qzeros")
 LLM_AWQ_V2 = GemvFast("llm-awq-v2", "scaled_zeros")
 COMPRESSED_TENSORS = CompressedTensors()
+COMPRESSED_TENSORS_8 = CompressedTensors(bits=8)  # of a head: what a decoder's linears are held in has 4 bits
 GPTQ = Gptq("gptq", less_one=True)
 GPTQ_V2 = Gptq("gptq-v2", less_one=False)
 FORMATS = (GEMM, GEMV, GEMV_FAST, LLM_AWQ_V2, COMPRESSED_TENSORS, GPTQ, GPTQ_V2)

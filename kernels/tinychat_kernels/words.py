@@ -1,4 +1,4 @@
-"""4-bit values packed eight to an int32 word; the order of a word's nibbles is the format's."""
+"""4-bit values packed eight to an int32 word, in an order that is the format's; 8-bit values four to a word."""
 
 from __future__ import annotations
 
@@ -27,3 +27,13 @@ def unpack(packed: Tensor, order: Sequence[int] = PLAIN) -> Tensor:
     for i, column in enumerate(order):
         columns[..., column] = (packed >> (4 * i)).to(torch.uint8) & 0xF
     return columns.flatten(-2)
+
+
+def pack_bytes(q: Tensor) -> Tensor:
+    """uint8 `[R, C]` -> int32 `[R, C/4]`: byte i of a word, from the lowest, holds column i of its four."""
+    return q.reshape(-1).view(torch.int32).reshape(len(q), -1)
+
+
+def unpack_bytes(packed: Tensor) -> Tensor:
+    """int32 `[R, W]` -> uint8 `[R, 4*W]`, the inverse of pack_bytes."""
+    return packed.reshape(-1).view(torch.uint8).reshape(len(packed), -1)

@@ -14,6 +14,7 @@ from tinychat_kernels import words
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.formats import (
     COMPRESSED_TENSORS,
+    COMPRESSED_TENSORS_8,
     FORMATS,
     GEMM,
     GEMV,
@@ -63,6 +64,30 @@ def test_unpacking_undoes_packing(
     assert shapes == format.shapes(spec, rows, 8 * wide)
     assert format.size(shapes) == (rows, 8 * wide)
     assert all(tensor.is_contiguous() for tensor in packed.values())
+    same(format.unpack(packed, spec), before)
+
+
+@given(
+    group=st.sampled_from([32, 64, 128, -1]),
+    blocks=st.integers(1, 4),
+    columns=st.integers(1, 40),
+    bits=st.sampled_from([4, 8]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 2**31),
+)
+def test_heads_of_any_width_are_packed(
+    group: int, blocks: int, columns: int, bits: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Symmetric, as a vocabulary of any size is: nothing is packed along the outputs."""
+    format, spec = (COMPRESSED_TENSORS, COMPRESSED_TENSORS_8)[bits == 8], QuantSpec(bits, group, zero_point=False)
+    rows, draw = max(group, 64) * blocks, torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 2**bits, (rows, columns), generator=draw, dtype=torch.uint8)
+    scale = torch.rand((spec.groups(rows), columns), generator=draw).to(dtype)
+    before = Logical(q, scale, torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8))
+    packed = format.pack(before, spec)
+    assert {name: tuple(t.shape) for name, t in packed.items()} == format.shapes(spec, rows, columns)
+    word, place = int(packed["weight_packed"][columns - 1, 0]) & 0xFFFFFFFF, 32 // bits - 1
+    assert word >> (bits * place) == int(q[place, columns - 1])
     same(format.unpack(packed, spec), before)
 
 
