@@ -57,6 +57,7 @@ ASSEMBLY = {
     "tinychat.convert",
     "tinychat.quantize",
     "tinychat.planner",
+    "tinychat.packing",
     *VERBS,
 }  # anything, lazily
 

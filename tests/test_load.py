@@ -233,7 +233,7 @@ def test_quantized_folders_compute_what_the_float_ones_do(tmp_path, layout):
     kinds = [type(module) for module in packed.llm.model.layers.modules()]
     assert kinds.count(QuantLinear) == 14
     assert nn.Linear not in kinds
-    assert packed.llm.model.layers[0].mlp.up_proj.scales.dtype == torch.float16
+    assert packed.llm.model.layers[0].mlp.up_proj.logical().scale.dtype == torch.float16
     ids = torch.arange(12)[None]
     with torch.no_grad():
         wanted, found = plain(input_ids=ids).logits, packed(input_ids=ids).logits
@@ -514,8 +514,8 @@ def test_only_the_files_needed_are_fetched_and_pickles_last(tmp_path, monkeypatc
 
 def test_dequantized_weights_say_the_same_and_are_planned_for(tmp_path: Path):
     folder = make_tiny_model(tmp_path, quantize=32)
-    packed = load_model(folder, device="cpu")
     source = open_source(folder)
+    packed = assemble(source, Placement(device="cpu", exact=True))
     floats = assemble(source, Placement(device="cpu", dequantize=True))
     assert not any(isinstance(module, QuantLinear) for module in floats.modules())
     tokens = torch.arange(1, 20)[None]

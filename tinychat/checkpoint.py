@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -135,6 +135,10 @@ class Index:
                 readers.clear()
             yield name, entry.read(_opener(readers))
 
+    def files(self, name: str) -> list[Path]:
+        """The files that a tensor is read from."""
+        return self.entry(name).files
+
     def renamed(self, layout: str) -> Index:
         """The same tensors under their names in memory, without the harmless extras. Raises ModelError on doubles."""
         ours, doubles = _by_our_name(self.names(), layout)
@@ -208,15 +212,19 @@ def stream_into(
     dtype: torch.dtype | None = None,
     device: Devices = "cpu",
     progress: Progress | None = None,
+    *,
+    skipped: Collection[str] = (),
+    stored: Collection[str] = (),
 ) -> None:
     """Fill a model on the meta device, tensor by tensor: the peak is the model plus one tensor.
 
-    Parameters become `dtype`; buffers (packed weights, scales) stay as on disk. `device` may map prefixes to devices.
+    Parameters become `dtype`, but for those in `stored`; buffers (packed weights, scales) stay as on disk. `device` may
+    map prefixes to devices. What is named in `skipped` is somebody else's to fill.
     Raises ModelError, before any data is read, with all missing, unexpected, duplicate and misshapen tensors.
     """
     report = compare(model, index, layout)
     report.check()
-    ours = {theirs: name for name, theirs in report.found.items()}
+    ours = {theirs: name for name, theirs in report.found.items() if name not in skipped}
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     ties = _ties(wanted)
     done = 0
@@ -224,7 +232,8 @@ def stream_into(
         if (name := ours.get(theirs)) is None:
             continue
         old = wanted[name]
-        kind = (dtype or old.dtype) if isinstance(old, nn.Parameter) else tensor.dtype
+        cast = isinstance(old, nn.Parameter) and name not in stored
+        kind = (dtype or old.dtype) if cast else tensor.dtype
         _assign(model, ties[id(old)], old, tensor.to(_device_of(name, device), kind, copy=True))
         del tensor
         done += 1

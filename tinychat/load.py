@@ -18,6 +18,7 @@ from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
 from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
 from tinychat.int8_tower import int8_linears, swap_int8
+from tinychat.packing import Packing, fill, packing_of
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
@@ -161,12 +162,17 @@ def open_parts(folder: Path, config: VilaConfig) -> Index:
 
 def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:
     """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time."""
-    device, dtype = placement.main_device, choose_dtype(source, placement.dtype, placement.main_device)
+    packing = packing_of(source, placement)
+    device, dtype = placement.main_device, _dtype_of(source, placement, packing)
     model = empty_model(source.config, dtype, source.spec, frozenset(packed_linears(source.index)), source.int8)
     device_map = None
     if placement.device_map is not None:
         device_map = make_device_map(model, placement.device_map, placement.max_memory, dtype)
-    checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, _reporter(progress))
+    loading, preparing = _reporters(progress, len(packing.sizes) if packing else 0)
+    other = {"skipped": packing.skipped, "stored": packing.stored} if packing else {}
+    checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, loading, **other)
+    if packing:
+        fill(model, source, packing, dtype, preparing)
     if placement.dequantize:
         dequantize(model, dtype)
     model.eval()
@@ -177,16 +183,17 @@ def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK)
     """Whether the model and a context of so many tokens fit. Raises CapacityError where they do not."""
     from tinychat import planner
 
-    where = placement.main_device
-    kind = choose_dtype(source, placement.dtype, where)
+    where, packing = placement.main_device, packing_of(source, placement)
+    kind = _dtype_of(source, placement, packing)
+    held = packing.held(source.index) if packing else {}
     return planner.check(
         source.config,
         context,
-        weights_bytes=planner.weights_bytes(source.index, kind, placement.dequantize),
+        weights_bytes=planner.weights_bytes(source.index, kind, placement.dequantize, held),
         dtype=kind,
         device=where if placement.device_map is None else default_device(),
         free=None if placement.device_map is None else room(placement.device_map, placement.max_memory),
-        quantized=source.spec is not None and not placement.dequantize,
+        quantized=source.spec is not None and not placement.dequantize and packing is None,
         chunk=chunk,
     )
 
@@ -244,8 +251,11 @@ def quant_spec(config: VilaConfig, index: Index | None = None) -> QuantSpec | No
     return None if found is None else found.spec
 
 
-def choose_dtype(source: Source, asked: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype asked for, else the checkpoint's, widened to float32 on a CPU while that is small."""
+def choose_dtype(source: Source, asked: Dtype, device: torch.device, but: Collection[str] = ()) -> torch.dtype:
+    """The dtype asked for, else the checkpoint's, widened to float32 on a CPU while that is small.
+
+    `but` are the tensors that do not take it on.
+    """
     from tinychat import planner
 
     if isinstance(asked, torch.dtype):
@@ -255,7 +265,7 @@ def choose_dtype(source: Source, asked: Dtype, device: torch.device) -> torch.dt
         if (name := SHORT.get(name, name)) not in FLOAT_TYPES:
             raise UsageError(f"dtype is {asked!r}", f"give one of {', '.join((*FLOAT_TYPES, *SHORT))}")
         return FLOAT_TYPES[name]
-    if device.type == "cpu" and planner.float_bytes(source.index, torch.float32) <= FLOAT32_LIMIT:
+    if device.type == "cpu" and planner.float_bytes(source.index, torch.float32, but) <= FLOAT32_LIMIT:
         return torch.float32
     config, stored = source.config, source.index.dtype("llm.model.embed_tokens.weight")
     named = str(config.dtype or getattr(config, "model_dtype", "")).removeprefix("torch.")
@@ -281,5 +291,20 @@ def resolve(model_id: str | Path | None, revision: str | None = None) -> Path:
     return snapshot(str(model_id), revision)
 
 
-def _reporter(progress: Report | None) -> checkpoint.Progress | None:
-    return (lambda done, total: progress(Progress("", "load", done, total))) if progress else None
+def _dtype_of(source: Source, placement: Placement, packing: Packing | None) -> torch.dtype:
+    other = packing.skipped | packing.stored if packing else ()
+    return choose_dtype(source, placement.dtype, placement.main_device, other)
+
+
+def _reporters(progress: Report | None, linears: int) -> tuple[checkpoint.Progress | None, checkpoint.Progress | None]:
+    """What shows the loading, and then the packing of so many linears."""
+    if progress is None:
+        return None, None
+    streamed = 0
+
+    def loading(done: int, total: int) -> None:
+        nonlocal streamed
+        streamed = total
+        progress(Progress("", "load", done, total + linears))
+
+    return loading, lambda done, total: progress(Progress("", "load", streamed + done, streamed + total))

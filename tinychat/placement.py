@@ -17,20 +17,29 @@ if TYPE_CHECKING:
 
 Dtype = torch.dtype | str | None
 DeviceMap = str | Mapping[str, str | int | torch.device] | None
+HEADS = ("int8", "float")
 MaxMemory = Mapping[int | str, int | str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the weights go, and as what. Raises UsageError where the arguments contradict each other."""
+    """Where the weights go, and as what. Raises UsageError where the arguments contradict each other.
+
+    For the CPU kernels: `exact` keeps activations in float32, and `head` says whether a 16-bit head becomes one of
+    8 bits ("int8") or stays ("float").
+    """
 
     dtype: Dtype = None
     device: str | torch.device | None = None
     device_map: DeviceMap = None
     max_memory: MaxMemory = None
     dequantize: bool = False
+    exact: bool = False
+    head: str = "int8"
 
     def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise UsageError(f"the head is {self.head!r}", f"give {' or '.join(HEADS)}")
         if self.dequantize and self.device_map is not None:
             raise UsageError("both --dequantize and a --device-map are given", "give one of the two")
         if self.device is not None and self.device_map is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,22 +112,27 @@ def check(
     return plan
 
 
-def weights_bytes(index: Index, dtype: torch.dtype, dequantize: bool = False) -> int:
+def weights_bytes(
+    index: Index, dtype: torch.dtype, dequantize: bool = False, held: Mapping[str, int] | None = None
+) -> int:
     """Bytes of a checkpoint's tensors once loaded: floats in `dtype`, packed weights and scales as on disk.
 
-    With `dequantize` the packed weights become floats as well, and their scales and zeros go.
+    With `dequantize` the packed weights become floats as well, and their scales and zeros go. `held` are the bytes of
+    those that are held in some other form.
     """
     if dequantize:
         words = [math.prod(index.shape(name)) for name in index.names() if name.endswith(".qweight")]
         bytewise = [math.prod(index.shape(name)) for name in index.names() if index.dtype(name) == torch.int8]
         weights = sum(words) * WEIGHTS_A_WORD + sum(bytewise)
         return float_bytes(index, dtype) + weights * dtype.itemsize
-    return float_bytes(index, dtype) + sum(index.entry(name).nbytes for name in index.names() if _stays(index, name))
+    others = held or {}
+    stay = [index.entry(name).nbytes for name in index.names() if _stays(index, name) and name not in others]
+    return float_bytes(index, dtype, others) + sum(stay) + sum(others.values())
 
 
-def float_bytes(index: Index, dtype: torch.dtype) -> int:
+def float_bytes(index: Index, dtype: torch.dtype, but: Collection[str] = ()) -> int:
     """Of these, the tensors that take on `dtype`."""
-    entries = [index.entry(name) for name in index.names() if not _stays(index, name)]
+    entries = [index.entry(name) for name in index.names() if not _stays(index, name) and name not in but]
     return sum(entry.nbytes // entry.dtype.itemsize * dtype.itemsize for entry in entries)
 
 

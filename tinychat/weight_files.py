@@ -70,6 +70,11 @@ class Entry:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def files(self) -> list[Path]:
+        """Where its data comes from."""
+        return [self.path]
+
     def read(self, open_file: Callable[[Path], Reader]) -> Tensor:
         """The data, from the file that `open_file` opens, or has open."""
         return open_file(self.path)(self.key)

@@ -12,7 +12,7 @@ from typing import Any
 from tinychat_kernels.errors import KernelError
 
 ORDER = ("cpu", "ref")  # from the fastest to the plainest
-OPS = ("w4_linear", "w8a8_linear")
+OPS = ("w4_linear", "w8a8_linear", "linear")
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,8 +97,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat, bias = x.reshape(-1, self.in_features), cast("Tensor | None", self.bias)
         registry.asked()  # a wrong name is an error, whatever computes
-        if self._prepared is None:
-            out = registry.pick("w4_linear", "ref")(flat, self._words(), self.spec, bias)
+        if self._prepared is None or (x.requires_grad and torch.is_grad_enabled()):  # kernels keep no gradients
+            out = registry.pick("w4_linear", "ref")(flat, self._as_words(), self.spec, bias)
         else:
             out = registry.pick("w4_linear", "cpu")(flat, self._prepared, self.spec, bias, exact=self.exact)
         return out.reshape(*x.shape[:-1], self.out_features)

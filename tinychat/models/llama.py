@@ -110,8 +110,8 @@ class LlamaForCausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head share the embeddings' parameter where the config says so."""
-        if self.config.tie_word_embeddings:
+        """Make the head share the embeddings' parameter where the config says so; a packed head is one for itself."""
+        if self.config.tie_word_embeddings and isinstance(self.lm_head, nn.Linear):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:

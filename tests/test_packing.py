@@ -1,0 +1,217 @@
+"""Models on the CPU backend: what is packed, what it takes, where it comes from, and that it is the same model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from same import assert_same
+from torch import nn
+
+from make_tiny_model import make_tiny_model
+from tinychat import packed_cache, packing, planner
+from tinychat.errors import UsageError
+from tinychat.layers.embedding import StoredEmbedding
+from tinychat.layers.head import PackedHead
+from tinychat.layers.linear import QuantLinear
+from tinychat.load import _dtype_of, assemble, load_model, open_source
+from tinychat.models.vila_llama import VilaLlamaForCausalLM
+from tinychat.placement import Placement
+from tinychat_kernels import cpu
+from tinychat_kernels.errors import KernelError
+
+available, reason = cpu.available()
+pytestmark = [
+    pytest.mark.skipif(not available, reason=reason),
+    pytest.mark.usefixtures("on_cpu"),
+]
+TOKENS = torch.arange(1, 20)[None]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(params=["vila", "tied", "text"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    layout, tied = ("vila", False) if request.param == "vila" else ("text", request.param == "tied")
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "tied": tied}
+    return make_tiny_model(tmp_path / "model", layout, dtype="float16", quantize=64, **sizes)
+
+
+def loaded(folder: Path, **placed: Any) -> VilaLlamaForCausalLM:
+    return assemble(open_source(folder), Placement(device="cpu", **placed))
+
+
+def by_ref(folder: Path, monkeypatch: pytest.MonkeyPatch) -> VilaLlamaForCausalLM:
+    with monkeypatch.context() as patch:
+        patch.setenv("TINYCHAT_BACKEND", "ref")
+        return loaded(folder)
+
+
+@torch.no_grad()
+def logits(model: VilaLlamaForCausalLM) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+def linears(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def test_every_linear_is_packed_and_those_of_one_input_lie_side_by_side(folder: Path):
+    model = loaded(folder)
+    assert len(linears(model)) == 14 and all(linear.prepared for linear in linears(model).values())
+    for layer in model.llm.model.layers:
+        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            blocks = [layer.get_submodule(name).packed.blocks for name in names]
+            for before, after in zip(blocks, blocks[1:], strict=False):
+                assert after.data_ptr() == before.data_ptr() + before.nbytes
+
+
+def test_exact_is_the_same_and_int8_is_near(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = logits(by_ref(folder, monkeypatch))
+    assert_same(logits(loaded(folder, exact=True, head="float")), expected)
+    near = logits(loaded(folder))
+    assert torch.nn.functional.cosine_similarity(near, expected, dim=-1).min() > 0.99
+    assert not torch.equal(near, expected)
+
+
+def test_the_state_dict_is_what_is_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    ours, plain = loaded(folder).state_dict(), by_ref(folder, monkeypatch).state_dict()
+    assert ours.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(ours[name].to(tensor.dtype), tensor), name
+
+
+def test_what_is_saved_loads_again(folder: Path, tmp_path: Path):
+    model = loaded(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load_model(tmp_path / "saved", device="cpu")), logits(model))
+
+
+def test_the_plan_counts_what_is_held(folder: Path):
+    source, placement = open_source(folder), Placement(device="cpu")
+    packed = packing.packing_of(source, placement)
+    assert packed is not None
+    model = assemble(source, placement)
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum(tensor.nbytes for tensor in tensors)
+    held += sum(linear.packed.blocks.nbytes for linear in linears(model).values())
+    held += model.llm.lm_head.packed.blocks.nbytes
+    dtype = _dtype_of(source, placement, packed)
+    assert planner.weights_bytes(source.index, dtype, held=packed.held(source.index)) == held
+
+
+def test_a_16_bit_head_gets_8_bits_unless_it_is_to_stay(folder: Path):
+    model = loaded(folder)
+    head, kept = model.llm.lm_head, loaded(folder, head="float").llm.lm_head
+    assert isinstance(head, PackedHead) and head.packed.bits == 8
+    assert isinstance(kept, nn.Linear)
+    assert torch.equal(head.weight.float(), kept.weight.float())
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        assert float((head(x) - kept(x)).norm() / kept(x).norm()) < 0.02
+
+
+def test_a_32_bit_head_stays(tmp_path: Path):
+    model = loaded(make_tiny_model(tmp_path / "model", "text", quantize=64))
+    assert isinstance(model.llm.lm_head, nn.Linear)
+    assert not isinstance(model.llm.model.embed_tokens, StoredEmbedding)
+
+
+def test_embeddings_keep_their_16_bits_and_rows_come_in_the_models_type(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    table = loaded(folder).llm.model.embed_tokens
+    assert table.weight.dtype == torch.float16
+    rows = table(torch.tensor([[3, 5]]))
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, by_ref(folder, monkeypatch).llm.model.embed_tokens(torch.tensor([[3, 5]])))
+    assert table.to(torch.bfloat16)(torch.tensor([3])).dtype == torch.bfloat16
+
+
+def test_a_copy_computes_with_the_words(folder: Path):
+    model = loaded(folder, exact=True)
+    other = copy.deepcopy(model)
+    assert not any(linear.prepared for linear in linears(other).values())
+    assert isinstance(other.llm.lm_head, nn.Linear)
+    assert torch.nn.functional.cosine_similarity(logits(other.float()), logits(model), dim=-1).min() > 0.999
+
+
+def test_a_vocabulary_can_grow_under_a_packed_head(folder: Path):
+    model = loaded(folder)
+    rows = model.llm.config.vocab_size
+    old = model.llm.lm_head.weight.float()
+    model.resize_token_embeddings(rows + 8)
+    assert torch.equal(model.llm.lm_head.weight[:rows].float(), old)
+    assert logits(model).shape[-1] == rows + 8
+
+
+def test_a_packed_head_stays_on_the_cpu(folder: Path):
+    with pytest.raises(UsageError, match="the head is packed for the CPU, x is on meta"):
+        loaded(folder).llm.lm_head(torch.empty(1, 128, device="meta"))
+
+
+def test_gradients_flow_through_packed_weights(folder: Path):
+    model = loaded(folder)
+    embeds = model.embed_text(TOKENS).detach().requires_grad_()
+    model(inputs_embeds=embeds).logits.sum().backward()
+    assert embeds.grad is not None and embeds.grad.abs().sum() > 0
+
+
+def test_nothing_is_packed_on_ref(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    model = by_ref(folder, monkeypatch)
+    assert not any(linear.prepared for linear in linears(model).values())
+    assert isinstance(model.llm.lm_head, nn.Linear)
+
+
+def test_nothing_is_packed_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "available", lambda: (False, "no C++ compiler was found"))
+    assert packing.packing_of(open_source(folder), Placement(device="cpu")) is None
+    monkeypatch.setenv("TINYCHAT_BACKEND", "cpu")
+    with pytest.raises(KernelError, match=r"the backend cpu is off: no C\+\+ compiler was found"):
+        loaded(folder)
+
+
+def test_a_head_of_another_kind_is_refused():
+    with pytest.raises(UsageError, match="the head is 'int4'; give int8 or float"):
+        Placement(head="int4")
+
+
+def test_the_second_start_reads_what_was_packed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packing, "KEPT_FROM", 0)
+    first = logits(loaded(folder))
+    (kept,) = (tmp_path / "cache/packed").glob("*.bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "pack", lambda *_: pytest.fail("packed again"))
+        patch.setattr(cpu, "quantize_head", lambda *_, **__: pytest.fail("rounded again"))
+        assert torch.equal(logits(loaded(folder)), first)
+    damaged = bytearray(kept.read_bytes())
+    damaged[-70] ^= 1
+    kept.write_bytes(damaged)
+    assert torch.equal(logits(loaded(folder)), first)
+    assert isinstance(loaded(folder, head="float").llm.lm_head, nn.Linear)
+    assert len(list((tmp_path / "cache/packed").glob("*.bin"))) == 2
+
+
+def test_other_weights_are_packed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packing, "KEPT_FROM", 0)
+    made = make_tiny_model(tmp_path / "model", "text", dtype="float16", quantize=32)
+    first = logits(loaded(made))
+    other = logits(loaded(make_tiny_model(made, "text", dtype="float16", quantize=32, seed=1)))
+    assert not torch.equal(first, other)
+    assert len(list((tmp_path / "cache/packed").glob("*.bin"))) == 2
+
+
+def test_a_small_model_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packed_cache, "save", lambda *_: pytest.fail("kept"))
+    loaded(folder)
+
+
+def test_progress_counts_tensors_and_then_linears(folder: Path):
+    seen: list[tuple[int, int]] = []
+    assemble(open_source(folder), Placement(device="cpu"), lambda step: seen.append((step.done, step.total)))
+    assert len({total for _, total in seen}) == 1 and [done for done, _ in seen] == list(range(1, seen[0][1] + 1))

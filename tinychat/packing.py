@@ -1,0 +1,191 @@
+"""Weights for the CPU kernels: which ones of a checkpoint are packed, the memory they take, and filling a model.
+
+The 4-bit linears of the decoder are packed one after the other into one piece of memory, straight from the files, and
+so is the head, in 8 bits. Large models are kept packed on disk for the next start.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tinychat import packed_cache
+from tinychat.checkpoint import Index
+from tinychat.packed_cache import Place
+from tinychat.repack import packed_linears
+from tinychat_kernels import registry
+from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.layout import PER_WORD, AwqGemm, QuantSpec
+
+if TYPE_CHECKING:
+    from tinychat.load import Source
+    from tinychat.placement import Placement
+    from tinychat_kernels.cpu import Packed
+
+LAYERS, HEAD, EMBEDDINGS = "llm.model.layers.", "llm.lm_head", "llm.model.embed_tokens"
+SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HALF = (torch.float16, torch.bfloat16)
+KEPT_FROM = 64 * 2**20  # bytes from which on reading packed weights is quicker than packing them
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Bytes of each packed linear by its name, in the order in which they lie; `head` is the tensor that it is made of.
+
+    `exact`: activations stay float32.
+    """
+
+    spec: QuantSpec
+    sizes: Mapping[str, int]
+    head: str | None
+    stored: frozenset[str]
+    exact: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """The tensors that the model does not hold as they are."""
+        words = (f"{name}.{part}" for name in self.sizes if name != HEAD for part in AwqGemm._fields)
+        return frozenset((*words, *([self.head] if self.head and self.head not in self.stored else [])))
+
+    def held(self, index: Index) -> dict[str, int]:
+        """Tensor -> the bytes that stand for it in memory, of those that are not held as they are."""
+        found = dict.fromkeys(self.skipped, 0) | {name: index.entry(name).nbytes for name in self.stored}
+        for name, size in self.sizes.items():
+            tensor = self.head if name == HEAD else f"{name}.qweight"
+            assert tensor is not None
+            found[tensor] += size
+        return found
+
+
+def packing_of(source: Source, placement: Placement) -> Packing | None:
+    """What is packed of a model that is placed like this; None where the CPU kernels have no part in it.
+
+    Raises KernelError for a TINYCHAT_BACKEND that does not run.
+    """
+    on_cpu = placement.device_map is None and placement.main_device.type == "cpu"
+    if source.spec is None or not on_cpu or placement.dequantize or registry.chosen().name != "cpu":
+        return None
+    try:
+        sizes = {name: _size(source.index, name, source.spec) for name in _in_order(source.index)}
+    except LayoutError:  # said with more words where the model is made
+        return None
+    head = _head(source, placement)
+    if head is not None:
+        sizes[HEAD] = _head_size(source.index, head)
+    return Packing(source.spec, sizes, head, _stored(source, head), placement.exact)
+
+
+def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype, report: Report | None = None) -> None:
+    """Give a model of this dtype its packed weights: from the disk where they are kept there, else packed and kept.
+
+    Its other tensors are there already.
+    """
+    place = _place(source, packing) if packing.total >= KEPT_FROM else None
+    found = None if place is None else packed_cache.load(place)
+    if found is None or list(found) != list(packing.sizes):
+        found = dict(_packed(source, packing, report))
+        if place is not None:
+            packed_cache.save(place, found)
+    _hand_over(model, source, packing, dtype, found)
+
+
+def _in_order(index: Index) -> list[str]:
+    """The decoder's packed linears, layer by layer; those that are computed together lie side by side."""
+
+    def rank(name: str) -> tuple[int, int]:
+        layer, last = name.removeprefix(LAYERS).partition(".")[0], name.rpartition(".")[2]
+        return int(layer), SIDE_BY_SIDE.index(last) if last in SIDE_BY_SIDE else len(SIDE_BY_SIDE)
+
+    return sorted((name for name in packed_linears(index) if name.startswith(LAYERS)), key=rank)
+
+
+def _size(index: Index, name: str, spec: QuantSpec) -> int:
+    """Raises LayoutError where the kernels cannot hold such a linear."""
+    from tinychat_kernels import cpu
+
+    inputs, words = index.shape(f"{name}.qweight")
+    if (scale := index.dtype(f"{name}.scales")) not in cpu.SCALES:
+        raise LayoutError(f"the scales of {name} are {scale}")
+    return cpu.packed_size(inputs, words * PER_WORD, cpu.group_of(inputs, spec), 4, scale)
+
+
+def _head(source: Source, placement: Placement) -> str | None:
+    """The tensor that an 8-bit head is made of; None where the head stays as it is."""
+    tied = source.config.text.tie_word_embeddings
+    name = f"{EMBEDDINGS if tied else HEAD}.weight"
+    return name if placement.head != "float" and name in source.index and source.index.dtype(name) in HALF else None
+
+
+def _head_size(index: Index, head: str) -> int:
+    from tinychat_kernels import cpu
+
+    rows, columns = index.shape(head)
+    return cpu.packed_size(columns, rows, cpu.head_group(columns), 8, torch.float16)
+
+
+def _stored(source: Source, head: str | None) -> frozenset[str]:
+    """The embeddings, where they can keep their 16 bits: a float head that shares them cannot."""
+    name, shared = f"{EMBEDDINGS}.weight", source.config.text.tie_word_embeddings and head is None
+    return frozenset() if shared or source.index.dtype(name) not in HALF else frozenset([name])
+
+
+def _place(source: Source, packing: Packing) -> Place:
+    from tinychat import doctor
+    from tinychat_kernels import build
+
+    folder = doctor.cache_folder() / "packed"
+    files = {path for name in packing.skipped | packing.stored for path in source.index.files(name)}
+    facts = [build.source_digest(), repr(packing.spec), *packing.sizes]
+    return Place(folder, packed_cache.key_of(files, facts, folder))
+
+
+def _packed(source: Source, packing: Packing, report: Report | None) -> Iterator[tuple[str, Packed]]:
+    """Every linear, packed into its part of one piece of memory."""
+    from tinychat_kernels import cpu
+
+    memory, at = cpu.empty(packing.total), 0
+    for done, (name, size) in enumerate(packing.sizes.items()):
+        part = memory[at : at + size]
+        if name == HEAD:
+            assert packing.head is not None
+            yield name, cpu.quantize_head(source.index.get(packing.head), memory=part)
+        else:
+            words = AwqGemm(*(source.index.get(f"{name}.{end}") for end in AwqGemm._fields))
+            yield name, cpu.pack(words, packing.spec, part)
+        at += size
+        if report is not None:
+            report(done + 1, len(packing.sizes))
+
+
+def _hand_over(
+    model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype, found: Mapping[str, Packed]
+) -> None:
+    from tinychat.layers.embedding import StoredEmbedding
+    from tinychat.layers.head import PackedHead
+    from tinychat.layers.linear import QuantLinear
+
+    for name, packed in found.items():
+        if name != HEAD:
+            cast("QuantLinear", model.get_submodule(name)).prepare(packed, exact=packing.exact)
+    if packing.stored:
+        table: Any = model.get_submodule(EMBEDDINGS)
+        model.set_submodule(EMBEDDINGS, StoredEmbedding(table.weight, dtype))
+    if packing.head is not None:
+        read = functools.partial(_weight, model.get_submodule(EMBEDDINGS))
+        if packing.head not in packing.stored:
+            read = functools.partial(source.index.get, packing.head)
+        model.set_submodule(HEAD, PackedHead(found[HEAD], read, exact=packing.exact))
+
+
+def _weight(table: nn.Module) -> Tensor:
+    return cast("Tensor", table.weight)
