@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,13 +162,23 @@ def fuse(parts: Sequence[Linear]) -> Linear:
     uneven = [p.weight.out_features for p in parts[:-1] if p.weight.out_features % LANES]
     if len(same) > 1 or uneven:
         raise LayoutError(f"linears with blocks of {sorted(map(str, same))}, outputs {uneven}, cannot be joined")
-    blocks = cpu.empty(sum(p.weight.blocks.numel() for p in parts))
-    torch.cat([p.weight.blocks for p in parts], out=blocks)
+    blocks = _joined([p.weight.blocks for p in parts])
     outputs = sum(p.weight.out_features for p in parts)
     weight = Packed(blocks, first.in_features, outputs, first.group, first.bits, first.scale)
     if all(p.bias is None for p in parts):
         return Linear(weight)
     return Linear(weight, torch.cat([torch.zeros(p.weight.out_features) if p.bias is None else p.bias for p in parts]))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Bytes behind each other: as they lie, where they do already, else copied."""
+    first, size = parts[0], sum(part.numel() for part in parts)
+    ends = itertools.accumulate((part.numel() for part in parts), initial=first.data_ptr())
+    storage = first.untyped_storage()
+    in_place = all(p.data_ptr() == end for p, end in zip(parts, ends, strict=False))
+    if in_place and all(p.untyped_storage().data_ptr() == storage.data_ptr() for p in parts):
+        return first.as_strided((size,), (1,))
+    return torch.cat(list(parts), out=cpu.empty(size))
 
 
 class Decoder:

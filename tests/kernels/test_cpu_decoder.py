@@ -60,26 +60,27 @@ def linear(inputs: int, outputs: int, group: int, bias: bool, seed: int) -> tupl
 
 
 def make(
-    *, layers: int = 2, group: int = 32, bias: bool = False, window: int | None = None, head: str = "table"
+    *, layers: int = 2, bias: bool = False, window: int | None = None, head: str = "table", large: bool = False
 ) -> Case:
-    """Two layers of random weights; the head is a float "table", or "packed" in 8 bits."""
+    """Random weights; the head is a float "table", or "packed" in 8 bits; all threads compute each token of a large."""
+    group, width, inner = (64, 512, 512) if large else (32, WIDTH, INNER)
     sizes = (
-        *((WIDTH, heads * HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)),
-        (HEADS * HEAD_DIM, WIDTH), (WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH),
+        *((width, heads * HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)),
+        (HEADS * HEAD_DIM, width), (width, inner), (width, inner), (inner, width),
     )  # fmt: skip
     made, plain = [], []
     for layer in range(layers):
         seeds = range(100 * layer, 100 * layer + len(sizes))
         both = [linear(*size, group, bias, seed) for size, seed in zip(sizes, seeds, strict=True)]
         parts = [one for one, _ in both]
-        norms = [1 + 0.2 * random(WIDTH, seed=100 * layer + 50 + i) for i in range(2)]
+        norms = [1 + 0.2 * random(width, seed=100 * layer + 50 + i) for i in range(2)]
         qkv, gate_up = cpu_decoder.fuse(parts[:3]), cpu_decoder.fuse(parts[4:6])
         made.append(Layer(qkv, parts[3], gate_up, parts[6], norms[0], norms[1], window if layer else None))
         plain.append([two for _, two in both])
-    table = random(VOCABULARY, WIDTH, seed=900)
+    table = random(VOCABULARY, width, seed=900)
     weights = Weights(
-        made, 1 + 0.2 * random(WIDTH, seed=901), cpu.quantize_head(table, 32) if head == "packed" else table,
-        random(VOCABULARY, WIDTH, seed=902), HEADS, KV_HEADS, HEAD_DIM, EPS,
+        made, 1 + 0.2 * random(width, seed=901), cpu.quantize_head(table, 32) if head == "packed" else table,
+        random(VOCABULARY, width, seed=902), HEADS, KV_HEADS, HEAD_DIM, EPS,
     )  # fmt: skip
     return Case(weights, plain)
 
@@ -227,7 +228,7 @@ def test_chunks_have_the_bits_of_one_call(isa: str, name: str, exact: bool, dtyp
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_rows_have_the_bits_of_single_rows(isa: str, threads: int):
     """Ragged rows in slots of any order: prefill, then steps of one and of three tokens."""
-    case, slots, lengths = make(window=40), [2, 0, 3], [5, 60, 21]
+    case, slots, lengths = make(window=40, large=True), [2, 0, 3], [5, 60, 21]
     decoder, together = Decoder(case.weights), storage(4)
     before = cpu.threads()
     cpu.set_threads(threads)
@@ -252,8 +253,10 @@ def test_rows_have_the_bits_of_single_rows(isa: str, threads: int):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_threads_do_not_change_a_bit(threads: int):
-    case, ids, before = make(bias=True, head="packed"), tokens(2, 70), cpu.threads()
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("count", [1, 70])
+def test_threads_do_not_change_a_bit(threads: int, large: bool, count: int):
+    case, ids, before = make(bias=True, head="packed", large=large), tokens(2, count), cpu.threads()
     cpu.set_threads(1)
     expected_bits = run(case, ids)
     cpu.set_threads(threads)
@@ -358,6 +361,21 @@ def test_rows_that_do_not_fit():
 def test_tokens_that_are_none(wrong: int):
     with pytest.raises(KernelError, match="a token is none of the 50 that there are"):
         run(make(layers=1), torch.tensor([[1, wrong, 2]]))
+
+
+def test_what_lies_behind_each_other_is_joined_in_place():
+    parts = [linear(64, outputs, 32, False, outputs)[0] for outputs in (32, 16, 48)]
+    whole = cpu_decoder.fuse(parts).weight
+    ends = [0, *torch.tensor([part.weight.blocks.numel() for part in parts]).cumsum(0).tolist()]
+    pieces = [
+        Linear(dataclasses.replace(part.weight, blocks=whole.blocks[start:end]))
+        for part, start, end in zip(parts, ends, ends[1:], strict=False)
+    ]
+    again, copied = cpu_decoder.fuse(pieces).weight, cpu_decoder.fuse(pieces[::-1]).weight
+    assert again.blocks.data_ptr() == whole.blocks.data_ptr()
+    assert torch.equal(again.blocks, whole.blocks)
+    assert copied.blocks.data_ptr() != whole.blocks.data_ptr()
+    assert torch.equal(copied.blocks, torch.cat([part.weight.blocks for part in parts[::-1]]))
 
 
 def test_linears_that_cannot_be_joined():

@@ -7,6 +7,7 @@
 
 #include "arena.h"
 #include "attention.h"
+#include "float_mode.h"
 #include "floats.h"
 #include "linear.h"
 #include "pool.h"
@@ -14,7 +15,8 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kSwigluColumns = 512;  // of a task, at least a group
+constexpr int64_t kSwigluColumns = 512;       // of a task, at least a group
+constexpr int64_t kFewProducts = 1'000'000;  // of a layer: one thread needs some 20 us
 
 int64_t qkv_width(const tc_decoder& d) { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
 
@@ -287,6 +289,12 @@ class Forward {
     Stopwatch watch_;
 };
 
+// Whether threads would wait for each other more than they share: a small model's single tokens.
+bool is_small(const tc_decoder& d, int64_t tokens) {
+    const int64_t weights = d.width * (qkv_width(d) + d.heads * d.head_dim + 3 * d.inner);
+    return tokens * weights < kFewProducts;
+}
+
 int64_t longest_row(const tc_step& step) {
     return *std::max_element(step.starts, step.starts + step.rows) + step.count;
 }
@@ -307,7 +315,11 @@ size_t tc_step_memory(const tc_decoder* decoder, int64_t rows, int64_t count, in
 void tc_forward(const tc_decoder* decoder, const tc_cache* cache, const tc_step* step) {
     Arena arena(step->memory);
     const Buffers buffers(*decoder, step->rows, step->count, longest_row(*step), arena);
-    run([&](Team& team) { Forward(team, *decoder, *cache, *step, buffers).run(); });
+    const auto job = [&](Team& team) { Forward(team, *decoder, *cache, *step, buffers).run(); };
+    if (!is_small(*decoder, step->rows * step->count)) return run(job);
+    const DefaultFloatMode mode;
+    Team alone(nullptr, 0, 1);
+    job(alone);
 }
 
 }  // extern "C"
