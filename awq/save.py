@@ -180,10 +180,15 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise as_os_error(error, path) from error
+
+
+def as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """The error of the system that safetensors reports as text. Raises it again where it is none."""
+    code = re.search(r"os error (\d+)", str(error))
+    if code is None:
+        raise error
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

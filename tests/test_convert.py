@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import json_keys
@@ -24,6 +28,7 @@ from tinychat.engine.engine import Engine
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
 from tinychat.load import load, load_model, open_source
 from tinychat.planner import weights_bytes
+from tinychat.quantize.run import locked
 from tinychat_kernels.formats import COMPRESSED_TENSORS, GEMM, GPTQ, LLM_AWQ_V2, Format
 
 NEW_ROWS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -396,7 +401,8 @@ def without(folder: Path, end: str) -> Path:
             lambda tmp_path: vila(tmp_path, projector="mlp_downsample"),
             "awq-gemm",
             {},
-            "the model has a projector of type mlp_downsample, which transformers' LLaVA has not; convert it with --to",
+            "has a projector of type mlp_downsample, and transformers' LLaVA is two linears: vLLM and SGLang would "
+            "take it for another model; give --to vila, which tinychat serves, or --to llm-awq-v2",
         ),
         (
             lambda tmp_path: make_tiny_model(tmp_path / "source", "text"),
@@ -448,13 +454,55 @@ def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(13, "Permission denied")
 
     monkeypatch.setattr(converting, "write_safetensors", full)
     source = text(tmp_path)
-    with pytest.raises(UsageError, match="out cannot be written: No space left on device; give another folder"):
+    with pytest.raises(UsageError, match="out cannot be written: Permission denied; give another folder"):
         convert(source, tmp_path / "out", "awq-gemm")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("to", ["awq-gemm", "llm-awq-v2"])
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, to: str):
+    resource = pytest.importorskip("resource")
+    source = text(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, before[1]))  # the weights take more than that
+    try:
+        with pytest.raises(CapacityError, match="the disk of .*out is full, and nothing was written; free some"):
+            convert(source, tmp_path / "out", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("to", ["awq-gemm", "llm-awq-v2"])
+def test_killed_for_good_it_leaves_no_half_of_a_folder(tmp_path: Path, to: str):
+    """At moments of the writing, as another process shows them; the same command then does the whole."""
+    source = packed_folder(tmp_path / "source", GEMM)
+    slow = (
+        "import sys, time; from pathlib import Path; from tinychat import convert\n"
+        "def tell(progress):\n"
+        "    if progress.done >= int(sys.argv[4]): print('now', flush=True); time.sleep(60)\n"
+        "convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], progress=tell)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for moment in (1, 30):
+        arguments = [sys.executable, "-c", slow, source, tmp_path / "out", to, str(moment)]
+        with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None and child.stdout.readline() == "now\n"
+            child.send_signal(signal.SIGKILL)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.converting", "source"]
+    convert(source, tmp_path / "out", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    same_model(tmp_path / "out", source)
+
+
+def test_two_do_not_write_one_folder(tmp_path: Path):
+    source = text(tmp_path)
+    with locked(tmp_path / "out.converting"), pytest.raises(UsageError, match="another run works in .*out.converting"):
+        convert(source, tmp_path / "out", "awq-gemm")
 
 
 def test_a_group_a_row(tmp_path: Path):

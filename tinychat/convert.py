@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,13 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from awq.save import as_os_error
 from tinychat import layouts, load
 from tinychat.checkpoint import HARMLESS, Index, compare, rename, write_safetensors
 from tinychat.config import FLOAT_TYPES, VilaConfig, read_config, read_json
 from tinychat.core import Progress
-from tinychat.errors import CapacityError, ModelError, UsageError
+from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
 from tinychat.flags import ConvertFlags
 from tinychat.hub import find_tower
 from tinychat.inputs.processor import Processor
@@ -28,6 +29,8 @@ from tinychat.int8_tower import int8_linears
 from tinychat.pickled import write_pickle
 from tinychat.quantization import Quantization, quantization_of
 from tinychat.quantize.job import HALVES, SPARED
+from tinychat.quantize.output import publish
+from tinychat.quantize.run import FULL, locked
 from tinychat.repack import Computed, as_gemm, packed_linears
 from tinychat.weight_files import Entry
 from tinychat_kernels.errors import LayoutError
@@ -259,18 +262,29 @@ def _image_token(job: Job) -> ImageToken:
 
 @contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` at the end, and is gone where it does not come to that."""
+    """A folder that becomes `out` at the end, and is gone where it does not come to that, or at the next try."""
+    home = out.with_name(f"{out.name}.converting")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            yield draft
-            draft.chmod(0o755)
-            draft.rename(out)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with locked(home):
+            draft = home / "out"
+            try:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+                yield draft
+                publish(draft, out)
+            finally:
+                shutil.rmtree(home, ignore_errors=True)
+    except SafetensorError as error:
+        raise _unwritten(out, as_os_error(error, out)) from error
     except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror or error}", "give another folder") from error
+        raise _unwritten(out, error) from error
+
+
+def _unwritten(out: Path, error: OSError) -> TinychatError:
+    if error.errno in FULL:
+        remedy = "free some, or give a folder on another disk"
+        return CapacityError(f"the disk of {out} is full, and nothing was written", remedy)
+    return UsageError(f"{out} cannot be written: {error.strerror or error}", "give another folder")
 
 
 def _write_weights(job: Job, draft: Path, progress: Report | None) -> None:
@@ -281,7 +295,7 @@ def _write_weights(job: Job, draft: Path, progress: Report | None) -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(Progress("", "load", done, len(names)))
+            progress(Progress("", "convert", done, len(names)))
 
     for part in layouts.VILA_PARTS if job.layout == "vila" else [""]:
         prefix = f"{part}." if part else ""

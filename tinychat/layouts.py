@@ -29,7 +29,7 @@ OF_PICTURES = ("preprocessor_config.json",)
 OF_THE_ROOT = ("README*", "*.md", "LICENSE*", "NOTICE*", "quality.json", "quantize.json", "processor_config.json")
 # vLLM and SGLang look for a part of a module's name, transformers for its beginning or its end.
 FOUND_BY_BEGINNING = ("vision_tower", "multi_modal_projector")
-VILA = "convert it with --to vila or llm-awq-v2"
+VILA = "give --to vila, which tinychat serves, or --to llm-awq-v2, which llm-awq does"
 
 
 def name_on_disk(name: str, layout: str) -> str:
@@ -45,11 +45,12 @@ def check_llava(config: VilaConfig) -> None:
     projector = config.projector
     assert projector is not None
     faults = {
-        f"a projector of type {projector.type}": projector.type != "mlp2x_gelu",
-        f"{config.image_suffix!r} after every picture": bool(config.image_suffix),
+        f"a projector of type {projector.type}, and transformers' LLaVA is two linears": projector.type != "mlp2x_gelu",
+        f"{config.image_suffix!r} after every picture, which transformers' LLaVA has not": bool(config.image_suffix),
     }
-    if wrong := [name for name, found in faults.items() if found]:
-        raise ModelError(f"the model has {' and '.join(wrong)}, which transformers' LLaVA has not", VILA)
+    for fault, found in faults.items():
+        if found:
+            raise ModelError(f"the model has {fault}: vLLM and SGLang would take it for another model", VILA)
 
 
 def llava_config(config: VilaConfig, image_token_id: int, vocab_size: int, head: bool, dtype: str) -> Json:

@@ -17,8 +17,9 @@ def write_pickle(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
         for name, tensor in tensors:
             file = Path(beside) / str(len(mapped))
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            flat.view(torch.uint8).numpy().tofile(file)
+            file.write_bytes(flat.view(torch.uint8).numpy().data)
             again = torch.from_file(str(file), shared=False, size=flat.numel(), dtype=flat.dtype)
             mapped[name] = again.reshape(tensor.shape)
-        torch.save(mapped, path)
+        with path.open("wb") as file:  # whose errors are the system's, unlike those of torch's own files
+            torch.save(mapped, file)
         mapped.clear()

@@ -15,6 +15,7 @@ _WORDS: dict[Stage, tuple[str, str]] = {
     "load": ("loading 1 tensor", "loading {total:,} tensors"),
     "images": ("looking at 1 picture", "looking at {total:,} pictures"),
     "vision": ("looking at 1 picture", "looking at {total:,} pictures"),
+    "convert": ("converting 1 tensor", "converting {total:,} tensors"),
     "prefill": ("reading 1 token", "reading {total:,} tokens"),
 }
 
