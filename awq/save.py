@@ -99,7 +99,7 @@ class Work:
             _save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary)
         return part_of(path, facts)
 
-    def commit(self, parts: Mapping[str, Part], drop: Iterable[str] = (), **notes: float) -> None:
+    def commit(self, parts: Mapping[str, Part], drop: Iterable[str] = (), **notes: float | str) -> None:
         """Let parts count and others not any more, in one step; the files of the latter are removed."""
         gone = [self.parts.pop(name) for name in drop if name in self.parts]
         self.parts.update(parts)

@@ -121,7 +121,7 @@ def _measured_card(job: Job, open_engine: Open, note: Note) -> tuple[Card, list[
         _check_folder(job, source.folder)
     facts = _facts(source)
     method = facts.get("method") or dict(facts.get("options") or {}).get("method") or ""
-    models = _Models(open_engine)
+    models = _Models(open_engine, "auto" if job.flags.card else None)
     quantized = Subject(_title(source, str(method)), lambda: models.other(job.model))
     base, nearest = _others(job, source, models)
     card = make_card(base, quantized, nearest, plan=_plan(job, source), facts=facts, report=note)
@@ -144,10 +144,10 @@ def _source(model: str | None, revision: str | None = None) -> Source:
 
 def _facts(source: Source) -> dict[str, Any]:
     """What `tinychat quantize` noted in the folder, else the facts of its card, else what the config says."""
-    from tinychat.quantize.facts import FACTS, for_card
+    from tinychat.quantize.facts import FACTS, for_card, of_folder
 
     if (source.folder / FACTS).is_file():
-        return for_card(source.folder)
+        return for_card(of_folder(source.folder))
     return page.facts_of(source.folder) or {"quantization": asdict(source.spec) if source.spec else "none"}
 
 
@@ -188,7 +188,7 @@ class _Models:
     """Opens the models of a card: the ones after the first compute in its dtype, with float weights."""
 
     open_engine: Open
-    dtype: str | None = None
+    dtype: str | None = None  # none, where nothing is compared: the model computes as it does for its users
 
     def base(self, name: str | None) -> Engine:
         engine = self.open_engine(name)
@@ -198,7 +198,7 @@ class _Models:
     def other(self, name: str | None) -> Engine:
         """Packed weights become floats, which are quicker to compute with, unless memory does not suffice."""
         try:
-            return self.open_engine(name, self.dtype or "auto")
+            return self.open_engine(name, self.dtype)
         except CapacityError:
             return self.open_engine(name)
 

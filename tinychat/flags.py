@@ -262,6 +262,17 @@ class QuantizeFlags:
         str | None,
         typer.Option(metavar="FILE", help="Scale and clip as a .pt file of llm-awq's --dump_awq says; search nothing."),
     ] = None
+    card: Annotated[
+        bool, typer.Option("--card/--no-card", help="Measure the result, and write the quality card into OUT.")
+    ] = True
+    card_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Card: held-out dialogues of each kind, and probes of each kind and size.",
+            min=1,
+            show_default="a quarter of what eval takes: 16 for demo models, else 4",
+        ),
+    ] = None
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU where there is one")

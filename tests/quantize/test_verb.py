@@ -17,7 +17,18 @@ from tinychat.flags import QuantizeFlags, parse_size
 from tinychat.quantize import verb
 from tinychat.quantize.run import LayerDone, Written
 
-QUICK = ("--group-size", "32", "--calib-samples", "2", "--calib-seqlen", "24", "--scale-grid", "2")
+QUICK = (
+    "--group-size",
+    "32",
+    "--calib-samples",
+    "2",
+    "--calib-seqlen",
+    "24",
+    "--scale-grid",
+    "2",
+    "--card-samples",
+    "1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +39,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_run_in_lines(model, tmp_path, capfd):
     assert cli.main(["quantize", model, str(tmp_path / "out"), *QUICK]) == 0
     out, err = capfd.readouterr()
-    first, about, reading, layer, busy, last = err.splitlines()
+    first, about, reading, layer, busy, last, measuring, *figures = err.splitlines()
     assert (first, reading, busy) == ("reading the model's files", "reading the calibration data", "quantizing")
     assert about.startswith("about ") and "of memory and" in about
     assert layer.startswith("layer 1 of 2: loss 0.") and " searched" in layer and last.startswith("layer 2 of 2")
+    assert measuring == "making the quality card" and figures[0] == "32 bit: 1 held-out answers"
+    assert [line.partition(" 4 bit: ")[0] for line in figures[2:]] == ["RTN", "RTN", "AWQ", "AWQ"]
+    assert out.rstrip().endswith("; its quality is told in README.md")
     assert out.startswith(f"{tmp_path / 'out'}: ") and "% below that of rounding to the nearest" in out
 
 
@@ -41,7 +55,8 @@ def test_a_run_in_json(model, tmp_path, capfd):
     events = [json.loads(line) for line in out.splitlines()]
     assert err == "" and {event["schema"] for event in events} == {"tinychat.quantize/1"}
     kinds = [event["event"] for event in events if event["event"] != "progress"]
-    assert kinds == ["began", "layer", "layer", "written"]
+    assert kinds == ["began", "layer", "layer", *["figure"] * 6, "written"]
+    assert events[-2]["text"].startswith("AWQ 4 bit: perplexity ")
     assert set(events[-1]["facts"]["layers"][0]["loss"]) == {"rtn", "awq"}
 
 
@@ -53,7 +68,7 @@ def test_a_dry_run_writes_nothing(model, tmp_path, capfd, more):
     if more:
         assert json.loads(out)["linears"] == 14
     else:
-        heads = ["quantized", "stays", "calibration", "memory", "disk", "time"]
+        heads = ["quantized", "stays", "calibration", "memory", "disk", "card", "time"]
         assert [line.partition(":")[0] for line in out.splitlines()] == heads
         assert "14 linears of 2 layers" in out and "lm_head, embeddings and norms" in out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ from tinychat.quantize.tower import facts_of_tower
 
 SCHEMA = "tinychat.quantize/1"
 FACTS = "quantize.json"
-ON_CARD = ("model", "format", "options", "calibration", "fallbacks", "spared", "versions", "wall_s")
+SPENT = "_s"  # of the work's notes, the seconds
+ON_CARD = ("model", "format", "options", "calibration", "fallbacks", "spared", "versions")
 
 
 def facts_of(job: Job, layout: str, data: Data | None, work: Work) -> dict[str, Any]:
     """All of it; but for wall time and memory the same for every run."""
     layers = [dict(work.parts[name].facts) for name in sorted(work.parts) if name.startswith(BLOCK)]
     tower, spent = facts_of_tower(work)
-    wall = spent + sum(layer.pop("seconds") for layer in layers) + sum(work.notes.values())
+    wall = (
+        spent
+        + sum(layer.pop("seconds") for layer in layers)
+        + sum(value for name, value in work.notes.items() if name.endswith(SPENT))
+    )
     return {
         "schema": SCHEMA,
         "model": job.name or job.folder.name,
@@ -42,12 +48,13 @@ def facts_of(job: Job, layout: str, data: Data | None, work: Work) -> dict[str, 
     }
 
 
-def for_card(folder: Path) -> dict[str, Any]:
-    """What a quality card tells of it: without the losses of each linear and the hashes of each file.
+def of_folder(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint that was made here. Raises ModelError where it was not."""
+    return read_json(folder / FACTS)
 
-    Raises ModelError where the folder was not made here.
-    """
-    found = read_json(folder / FACTS)
+
+def for_card(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a quality card tells: without the losses of each linear, the hashes of each file, and the hour."""
     return {name: found[name] for name in ON_CARD if found.get(name) is not None}
 
 

@@ -56,6 +56,7 @@ class Job:
     """A folder to read, a folder to write, and how. `name` is what the facts call the model (none: as its folder).
 
     `search` are fields of awq.quantize.Options. `search_results` is a file of llm-awq's, which stands for a search.
+    `card_samples` are held-out dialogues, texts and probes of each kind (none: as card_plan says).
     """
 
     folder: Path
@@ -71,6 +72,8 @@ class Job:
     device: str = "cpu"
     max_ram: int | None = None
     max_disk: int | None = None
+    card: bool = True
+    card_samples: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -90,6 +93,8 @@ class Job:
         if self.spec.bits != 4 and not self.pseudo:
             message = f"no checkpoint of the awq format holds {self.spec.bits}-bit weights"
             raise UsageError(message, "give --bits 4, or --pseudo for 16-bit weights that stand for them")
+        if self.card_samples is not None and self.card_samples < 1:
+            raise UsageError(f"--card-samples is {self.card_samples}", "give 1 or more, or --no-card")
         if self.out.exists() and self.out.resolve() == self.folder.resolve():
             raise UsageError(f"{self.out} is the model itself", "give another folder to write")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tinychat import planner
 from tinychat.config import VisionConfig
 from tinychat.errors import CapacityError
 from tinychat.quantize.calibration import Data
+from tinychat.quantize.card_plan import NONE, CardCost, Costs
 from tinychat.quantize.job import LAYER, TOWER_LAYER, Job, Source, linears, part, spared
 from tinychat.quantize.writing import PIECE
 from tinychat.weight_files import Entry
@@ -41,7 +42,11 @@ TABLES = 4 * 2**20  # bytes of the manifest, configs and the log
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds, and how the run keeps to them. `ram` are the peaks of its stages, the process included."""
+    """Bytes and seconds, and how the run keeps to them. `ram` are the peaks of its stages, the process included.
+
+    `card` is how the quality card is made: of whole models in the dtype of that name, in layers, or none;
+    `card_whole` the bytes that a whole model takes.
+    """
 
     layers: int
     linears: int
@@ -60,6 +65,9 @@ class Plan:
     seconds: float
     hold: bool
     stream: bool
+    card: str = NONE
+    card_whole: int = 0
+    card_seconds: float = 0.0
 
     @property
     def peak_ram(self) -> int:
@@ -105,7 +113,7 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
         ram["tower"] = base + tower_block_bytes(source, data)
     output = output_bytes(job, source)
     cuda = job.device.startswith("cuda")
-    return Plan(
+    plan = Plan(
         layers=source.layers,
         linears=len(shapes),
         weights=sum(rows * columns for rows, columns in shapes.values()),
@@ -123,6 +131,33 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
         seconds=seconds(job, source, data),
         hold=hold,
         stream=stream,
+    )
+    if not job.card:
+        return plan
+    device_room = plan.device_limit - planner.CUDA_CONTEXT if cuda else 0
+    return with_card(plan, job, costs(job, source).best(limit - base, device_room))
+
+
+def costs(job: Job, source: Source) -> Costs:
+    """What the ways to make the card take."""
+    vision = source.config.vision
+    return Costs(job, source, _picture_bytes(vision) if vision is not None else 0)
+
+
+def with_card(plan: Plan, job: Job, card: CardCost) -> Plan:
+    """The plan, the quality card made in that way."""
+    base = resident() + WORDS_SLACK
+    spent = card.products * _timed(_product, job.device) + card.streamed * _timed(_reading, job.device)
+    ram = {name: count for name, count in plan.ram.items() if name != "card"}
+    return replace(
+        plan,
+        ram=ram if card.how == NONE else {**ram, "card": base + card.ram},
+        device=max(plan.device, card.device + planner.CUDA_CONTEXT) if card.device else plan.device,
+        disk=max(plan.disk, plan.output + card.disk + TABLES),
+        seconds=plan.seconds - plan.card_seconds + spent,
+        card=card.how,
+        card_whole=card.whole,
+        card_seconds=spent,
     )
 
 
@@ -153,7 +188,7 @@ def _search_bytes(job: Job, source: Source, longest: int) -> int:
     sample = (options.loss_tokens or 2**62) + longest
     sample = min(sample, job.calibration.samples * longest) * 8 * text.hidden_size
     passing = longest * (6 * text.hidden_size + 2 * heads + 4 * text.intermediate_size)
-    return FLOAT * (sums + sample + passing)
+    return int(FLOAT * (sums + sample + passing))
 
 
 def _widths(source: Source) -> tuple[int, int, int]:
@@ -316,6 +351,13 @@ def _product(device: torch.device) -> int:
     a, b = torch.ones(256, 1024, device=device), torch.ones(1024, 1024, device=device)
     torch.nn.functional.linear(a, b)
     return 2 * 256 * 1024 * 1024
+
+
+def _reading(device: torch.device) -> int:
+    """A matrix times one vector; its units are bytes of the matrix."""
+    a, b = torch.ones(1, 2048, device=device), torch.ones(4096, 2048, device=device)
+    torch.nn.functional.linear(a, b)
+    return b.nbytes
 
 
 def _rounding(device: torch.device) -> int:

@@ -19,21 +19,25 @@ from awq.errors import AwqError
 from awq.save import MANIFEST, Part, SaveError, Work, atomic
 from tinychat.config import read_json
 from tinychat.core import Progress
-from tinychat.errors import CapacityError, ModelError, UsageError
+from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
+from tinychat.eval.card import Note
 from tinychat.inputs.processor import Processor
 from tinychat.quantize.blocks import METHODS, Blocks, to_disk
 from tinychat.quantize.calibration import Data, gather
+from tinychat.quantize.card import CardStage
+from tinychat.quantize.card_plan import NONE
 from tinychat.quantize.embedding import Embedder
-from tinychat.quantize.facts import FACTS, facts_of
+from tinychat.quantize.facts import FACTS, facts_of, for_card
 from tinychat.quantize.fingerprint import files_of, fingerprint, hash_files
 from tinychat.quantize.job import Job, open_job
 from tinychat.quantize.output import BLOCK, LOG, assemble, block_name, publish
-from tinychat.quantize.plan import Plan, make_plan
+from tinychat.quantize.plan import Plan, costs, make_plan, with_card
 from tinychat.quantize.states import States, writing
 from tinychat.quantize.tower import TowerLayerDone, TowerStage, check_pictures, with_tower
 
 STATES = "states-"
 OUTPUT = "out"
+CARD = "card"
 LOCK = "lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,7 +70,7 @@ class Written:
     facts: dict[str, Any] = field(repr=False)
 
 
-Event = Began | Progress | TowerLayerDone | LayerDone | Written
+Event = Began | Progress | Note | TowerLayerDone | LayerDone | Written
 
 
 class Run:
@@ -102,6 +106,7 @@ class Run:
 
     def _work(self) -> Iterator[Event]:
         work = yield from self._opened()
+        self._keep_way(work)
         done = sum(name.startswith(BLOCK) for name in work.parts)
         self._log(f"begins with {done} of {self.plan.layers} layers done; {json.dumps(self.plan.to_json())}")
         yield Began(self.plan, done)
@@ -113,6 +118,7 @@ class Run:
         yield from self._layers(work, done, states)
         folder = self.job.partial / OUTPUT
         assemble(self.job, self.source, work, folder)
+        yield from self._card(work, folder)
         self._log("complete")
         with atomic(folder / FACTS) as file:
             file.write(json.dumps(facts_of(self.job, self.source.config.layout, self.data, work), indent=1).encode())
@@ -127,6 +133,35 @@ class Run:
         work = Work.resume(self.job.partial)
         work.check((yield from self._fingerprint(work)))
         return work
+
+    def _keep_way(self, work: Work) -> None:
+        """The card is made in the way that was planned when the work began: another one gives other figures."""
+        if not self.job.card:
+            return
+        if (way := work.notes.get(CARD)) is None:
+            work.commit({}, card=self.plan.card)
+        elif way != self.plan.card:
+            self.plan = with_card(self.plan, self.job, costs(self.job, self.source).of(way))
+            self.plan.check(self.job.out)
+
+    def _card(self, work: Work, folder: Path) -> Iterator[Event]:
+        """Measure the checkpoint in a folder, and put its card there."""
+        if self.plan.card == NONE:
+            return
+        start = time.perf_counter()
+        facts = for_card(facts_of(self.job, self.source.config.layout, self.data, work))
+        stage = CardStage(self.job, self.source, self.plan.card, self.plan.card_whole)
+        try:
+            for event in stage.events(folder, self.job.partial / CARD, facts):
+                if isinstance(event, Note):
+                    self._log(event.text)
+                yield event
+        except TinychatError as error:
+            remedy = (
+                f"{error.remedy}; or have the checkpoint without a card, by the same command with --resume --no-card"
+            )
+            raise type(error)(f"the quality card cannot be made: {error.message}", remedy) from error
+        work.commit({}, card_s=time.perf_counter() - start)
 
     def _fingerprint(self, begun: Work | None) -> Generator[Progress, None, dict[str, Any]]:
         """What decides about the result; it is computed with as many threads as the work was begun with."""

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.core import Progress
 from tinychat.errors import TinychatError, UsageError
+from tinychat.eval.card import Note
 from tinychat.eval.fidelity import decibels
+from tinychat.eval.page import FILE, README
+from tinychat.quantize.card_plan import LAYERS, NONE
 from tinychat.quantize.facts import SCHEMA
 from tinychat.quantize.job import Calibration, Job
 from tinychat.quantize.plan import Plan, size
@@ -35,6 +38,7 @@ STAGES = {
     "vision": "reading the calibration data",
     "tower": "quantizing the vision tower",
     "quantize": "quantizing",
+    "card": "making the quality card",
 }
 
 
@@ -64,6 +68,8 @@ def job_of(flags: QuantizeFlags) -> Job:
         device=flags.device or str(default_device()),
         max_ram=parse_size("--max-ram", flags.max_ram),
         max_disk=parse_size("--max-disk", flags.max_disk),
+        card=flags.card,
+        card_samples=flags.card_samples,
     )
 
 
@@ -129,6 +135,8 @@ def _show(event: Event, as_json: bool, board: Board, say: Say) -> None:
         say(json.dumps(to_json(event)))
     elif isinstance(event, Progress):
         board.stage(STAGES[event.stage], event.done, event.total)
+    elif isinstance(event, Note):
+        board.say(event.text)
     elif isinstance(event, Began):
         board.say(began_text(event))
     elif isinstance(event, TowerLayerDone):
@@ -146,6 +154,8 @@ def to_json(event: Event) -> dict[str, Any]:
     """An event as plain data."""
     if isinstance(event, Progress):
         return _json("progress", {"stage": event.stage, "done": event.done, "total": event.total})
+    if isinstance(event, Note):
+        return _json("figure", {"text": event.text})
     if isinstance(event, Began):
         return _json("began", {"done": event.done, "plan": event.plan.to_json()})
     if isinstance(event, TowerLayerDone):
@@ -162,7 +172,8 @@ def _json(kind: str, rows: dict[str, Any]) -> dict[str, Any]:
 def began_text(event: Began) -> str:
     """What is ahead, in a line."""
     plan = event.plan
-    left = duration(plan.seconds * (plan.layers - event.done) / plan.layers)
+    layers = (plan.seconds - plan.card_seconds) * (plan.layers - event.done) / plan.layers
+    left = duration(layers + plan.card_seconds)
     before = f"{event.done} of {plan.layers} layers were done before; " if event.done else ""
     return f"{before}about {left} with {size(plan.peak_ram)} of memory and {size(plan.disk)} of disk at most"
 
@@ -198,6 +209,8 @@ def written_text(event: Written) -> str:
     if losses:
         kept = sum(min(loss.values()) for loss in losses) / max(sum(loss["rtn"] for loss in losses), 1e-30)
         text += f"; the layers' error is {100 * (1 - kept):.0f} % below that of rounding to the nearest"
+    if (event.out / FILE).is_file():
+        text += f"; its quality is told in {README}"
     if back:
         text += f"; {len(back)} layers are rounded to the nearest, since no search did better: {back}"
     return text
@@ -217,6 +230,17 @@ def plan_text(plan: Plan, flags: QuantizeFlags) -> str:
         f"memory:      {size(plan.peak_ram)} at most ({stages}); {size(plan.ram_limit)} are allowed or free",
         f"disk:        {size(plan.disk)} while it runs, {size(plan.output)} in the end; "
         f"{size(plan.disk_limit)} are allowed or free",
+        f"card:        {card_text(plan)}",
         f"time:        about {duration(plan.seconds)}",
     )
     return "\n".join(lines)
+
+
+def card_text(plan: Plan) -> str:
+    """How the quality card is made, in words."""
+    if plan.card == NONE:
+        return "none"
+    how = f"whole models in {plan.card}"
+    if plan.card == LAYERS:
+        how = f"a layer at a time, without answers of its own and probes: a whole model takes {size(plan.card_whole)}"
+    return f"{how}; about {duration(plan.card_seconds)}"
