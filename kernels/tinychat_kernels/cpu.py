@@ -30,6 +30,7 @@ SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as tinychat.
 ISAS = ("generic", "avx2", "avxvnni", "avx512", "dotprod", "i8mm")
 GROUPS = (128, 64, 32)  # of 4-bit blocks, the best first
 HEAD_GROUP = 128
+LEAST_WORK = 1 << 20  # as pool.cpp has it
 HUGE = 2 << 20  # bytes of a huge page
 ALIGNMENT = 64
 SLICE = 4096  # rows of a head that are rounded at a time
@@ -71,6 +72,7 @@ _SIGNATURES: Signatures = {
     "tc_isa_supported": (ctypes.c_int, (ctypes.c_char_p,)),
     "tc_threads": (ctypes.c_int, ()),
     "tc_set_threads": (None, (ctypes.c_int,)),
+    "tc_set_least_work": (None, (_INT64,)),
     "tc_usable_cores": (ctypes.c_int, ()),
     "tc_packed_size": (ctypes.c_size_t, (_POINTER,)),
     "tc_pack_w4": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _POINTER)),
@@ -160,6 +162,11 @@ def set_threads(count: int) -> None:
     if not 0 <= count <= 1024:
         raise KernelError(f"{count} threads were asked for; 1 to 1024 run, 0 means the default")
     library().tc_set_threads(count)
+
+
+def set_least_work(products: int = LEAST_WORK) -> None:
+    """Calls with fewer int8 products run on the caller's thread alone: waking others would take longer."""
+    library().tc_set_least_work(products)
 
 
 def empty(size: int) -> Tensor:

@@ -67,23 +67,26 @@ int tc_isa_supported(const char* wanted) {
 
 int tc_threads(void) { return threads(); }
 void tc_set_threads(int count) { set_threads(count); }
+void tc_set_least_work(int64_t work) { set_least_work(work); }
 int tc_usable_cores(void) { return usable_cores(); }
 
 size_t tc_packed_size(const tc_weights* w) { return packed_size(*w); }
 
 void tc_pack_w4(const tc_weights* w, const int32_t* qweight, const int32_t* qzeros, const void* scales,
                 int64_t source_group, void* blocks) {
-    run([&](Team& team) { pack_w4(team, *w, qweight, qzeros, scales, source_group, blocks); });
+    run([&](Team& team) { pack_w4(team, *w, qweight, qzeros, scales, source_group, blocks); },
+        w->inputs * w->outputs);
 }
 
 void tc_pack_w8(const tc_weights* w, const int8_t* values, const void* scales, void* blocks) {
-    run([&](Team& team) { pack_w8(team, *w, values, scales, blocks); });
+    run([&](Team& team) { pack_w8(team, *w, values, scales, blocks); }, w->inputs * w->outputs);
 }
 
 void tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy,
                const float* bias, int exact) {
+    const int64_t work = rows * w->inputs * w->outputs;
     if (exact != 0) {
-        run([&](Team& team) { linear_exact(team, *w, x, ldx, rows, y, ldy, bias); });
+        run([&](Team& team) { linear_exact(team, *w, x, ldx, rows, y, ldy, bias); }, work);
         return;
     }
     const Quantized rounded =
@@ -92,12 +95,12 @@ void tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, f
         quantize(team, x, ldx, rows, w->inputs, w->group, rounded);
         team.barrier();
         linear(team, *w, rounded, rows, y, ldy, bias);
-    });
+    }, work);
 }
 
 void tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values, float* scales) {
     const Quantized rounded = quantized_at(rows_memory(quantized_size(rows, inputs, group)), rows, inputs, group);
-    run([&](Team& team) { quantize(team, x, inputs, rows, inputs, group, rounded); });
+    run([&](Team& team) { quantize(team, x, inputs, rows, inputs, group, rounded); }, rows * inputs);
     for (int64_t row = 0; row < rows; ++row)
         std::memcpy(values + row * inputs, rounded.values + row * rounded.stride, static_cast<size_t>(inputs));
     std::memcpy(scales, rounded.scales, static_cast<size_t>(rows * rounded.groups) * sizeof(float));

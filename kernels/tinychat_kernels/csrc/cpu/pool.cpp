@@ -24,6 +24,8 @@ namespace {
 constexpr std::chrono::microseconds kSpinAtBarrier{100};
 constexpr std::chrono::microseconds kSpinBetweenJobs{300};
 
+constexpr int64_t kLeastWork = 1 << 20;  // some ten microseconds of one core
+
 constexpr size_t kAlignment = 64;
 
 struct Freed {
@@ -146,6 +148,7 @@ namespace {
 // Never destroyed: threads may still wait in it when the process ends.
 std::atomic<Pool*> the_pool{nullptr};
 std::atomic<int> wanted{0};
+std::atomic<int64_t> least_work{kLeastWork};
 
 // A child has none of its parent's threads and may inherit a locked mutex: it starts with a pool of its own.
 void forget_pool() { the_pool.store(nullptr); }
@@ -173,14 +176,17 @@ int64_t Team::next() { return pool_ != nullptr ? pool_->next() : own_counter_++;
 
 void* Team::scratch(Scratch who, size_t bytes) { return scratch_memory[static_cast<size_t>(who)].at_least(bytes); }
 
-void run(Job job, void* context) {
-    if (inside_job) {
-        Team alone(nullptr, 0, 1);
-        job(alone, context);
+void run(Job job, void* context, int64_t work) {
+    if (!inside_job && work >= least_work.load(std::memory_order_relaxed)) {
+        pool().run(job, context);
         return;
     }
-    pool().run(job, context);
+    DefaultFloatMode mode;
+    Team alone(nullptr, 0, 1);
+    job(alone, context);
 }
+
+void set_least_work(int64_t work) { least_work.store(work, std::memory_order_relaxed); }
 
 void set_threads(int count) {
     wanted.store(count);

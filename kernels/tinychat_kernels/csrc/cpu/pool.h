@@ -53,16 +53,21 @@ class Team {
 using Job = void (*)(Team&, void* context);
 
 // Runs job(team, context) on every thread of the pool and returns when all are done. Callers wait for each other;
-// a job that calls run() itself gets a team of one.
-void run(Job job, void* context);
+// a job that calls run() itself gets a team of one. So does one with less `work` (about as many int8 products, or
+// bytes read) than waking others is worth: it waits for nobody.
+constexpr int64_t kMuchWork = INT64_MAX;
+void run(Job job, void* context, int64_t work = kMuchWork);
 
 // The same with a callable: run([&](Team& team) { ... }).
 template <class Body, class = std::enable_if_t<std::is_invocable_v<Body&, Team&>>>
-void run(Body&& body) {
+void run(Body&& body, int64_t work = kMuchWork) {
     using Plain = std::remove_reference_t<Body>;
     run([](Team& team, void* context) { (*static_cast<Plain*>(context))(team); },
-        const_cast<void*>(static_cast<const void*>(&body)));
+        const_cast<void*>(static_cast<const void*>(&body)), work);
 }
+
+// The work from which on a job gets the whole team; 0: always.
+void set_least_work(int64_t work);
 
 // The number of threads from the next job on. 0 means the default: the physical cores this process may use.
 void set_threads(int count);

@@ -42,6 +42,9 @@ TINYCHAT_EXPORT int tc_threads(void);
 TINYCHAT_EXPORT void tc_set_threads(int count);
 TINYCHAT_EXPORT int tc_usable_cores(void);
 
+// Calls with fewer int8 products than this run on the caller's thread alone; 0: none do.
+TINYCHAT_EXPORT void tc_set_least_work(int64_t work);
+
 TINYCHAT_EXPORT size_t tc_packed_size(const tc_weights* weights);
 
 // AWQ's GEMM layout -> blocks of 4 bits. qweight int32 [inputs, outputs/8], qzeros int32 [groups, outputs/8]; scales
