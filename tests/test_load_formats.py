@@ -9,9 +9,11 @@ import pytest
 import torch
 from packed_folders import as_pickle, packed_folder, weights_of, without_zero_points
 from safetensors.torch import load_file, save_file
+from same import assert_close
 
 from tinychat.checkpoint import write_safetensors
 from tinychat.errors import FormatError, ModelError
+from tinychat.layers.linear import QuantLinear
 from tinychat.load import load_model, open_source
 from tinychat.planner import weights_bytes
 from tinychat_kernels.formats import (
@@ -45,6 +47,24 @@ def test_every_format_is_the_same_in_memory(tmp_path: Path, format: Format, grou
     assert source.spec is not None and source.spec.group_size == group
     names = {name.rpartition(".")[2] for name in source.index.names() if "_proj" in name}
     assert names == {"qweight", "qzeros", "scales"}
+
+
+@torch.no_grad()
+def test_bfloat16_scales_compute_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every q times its scale is a float32 number: a model of such weights answers alike."""
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    packed = load_model(
+        packed_folder(tmp_path, COMPRESSED_TENSORS, dtype=torch.bfloat16), dtype="float32", device="cpu"
+    )
+    linears = {name: part for name, part in packed.named_modules() if isinstance(part, QuantLinear)}
+    assert {part.packed.scales.dtype for part in linears.values()} == {torch.bfloat16}
+    found = packed(input_ids=(ids := torch.arange(3, 23)[None])).logits
+    for name, part in linears.items():
+        q, scale, zero = (tensor.double() for tensor in part.logical())
+        linear = torch.nn.Linear(part.in_features, part.out_features, bias=False)
+        linear.weight.data = ((q - zero.repeat_interleave(32, 0)) * scale.repeat_interleave(32, 0)).T.float()
+        packed.set_submodule(name, linear)
+    assert_close(found, packed(input_ids=ids).logits, 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["vila", "llava", "llava_hf"])
