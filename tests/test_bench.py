@@ -17,7 +17,8 @@ from scripted_engine import ScriptedEngine
 
 from tinychat import bench
 from tinychat.core import Event, Failed, Finished, Image, Request, Text
-from tinychat.errors import CapacityError
+from tinychat.errors import CapacityError, UsageError
+from tinychat.flags import BenchFlags, ModelFlags
 
 
 @dataclass
@@ -42,7 +43,7 @@ def tokens_of(request: Request) -> SimpleNamespace:
 
 
 def subject(engine: TimedEngine) -> bench.Subject:
-    model = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"))
+    model = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cpu"), modules=list)
     return bench.Subject("tiny", model, tokens_of, engine)
 
 
@@ -115,6 +116,67 @@ def test_the_table_has_a_row_for_each_number():
     assert len(rows) == 1 + len(bench.METRICS)
     assert bench.headline(found).startswith("tiny, bfloat16 on cpu, ")
     assert bench.foot(found).startswith("peak memory: RAM ") and bench.foot(found).endswith("loaded in 2.5 s")
+
+
+def test_a_depth_keeps_its_context_and_counts_decoding_alone():
+    engine = TimedEngine()
+    work = bench.Workload(rounds=2, depths=(0, 40), new_tokens=5)
+    found, reports = measured(engine, work)
+    assert [at["tokens"] for at in found["depths"]] == [0, 40]
+    assert found["depths"][1]["decode_tps"] == {"median": 8.5, "min": 8.0, "max": 9.0}
+    assert reports[-3:] == ["depth 40, warm-up", "depth 40, round 1 of 2", "depth 40, round 2 of 2"]
+    assert engine.resets == 3 + 2  # a depth's context is computed once
+    deep = engine.requests[-3:]
+    assert len({request.parts for request in deep}) == 1 and len(tokens_of(deep[0]).ids) <= 40
+    assert all(request.stopping.max_new_tokens == 5 for request in deep)
+    assert ("decode after 40, tokens/s", "8.5", "8", "9") in bench.rows(found)
+
+
+def test_deep_contexts_get_room():
+    flags, model = BenchFlags(depth="0,8192", new_tokens=64), ModelFlags()
+    assert bench.roomy(model, flags).context == 8192 + 64 + 16
+    assert bench.roomy(replace(model, context=10), flags).context == 10
+    assert bench.roomy(model, BenchFlags(depth="100")) == bench.roomy(model, BenchFlags()) == model
+    with pytest.raises(UsageError, match="--depth is '1,x'; give lengths such as 0,2048,8192"):
+        BenchFlags(depth="1,x")
+
+
+def test_a_breakdown_needs_the_kernels():
+    with pytest.raises(UsageError, match="--breakdown reads the CPU kernels' clock, and tiny runs on torch"):
+        measured(TimedEngine(), bench.Workload(rounds=1, breakdown=True))
+
+
+class Clock:
+    """A decoder's profile that goes on by a second a stage whenever it is read."""
+
+    reads = 0
+
+    def start_profile(self) -> None:
+        self.reads = 0
+
+    def profile(self) -> dict[str, float]:
+        self.reads += 1
+        return {"qkv": float(self.reads), "head": 2.0 * self.reads}
+
+
+def test_a_breakdown_is_of_the_prompt_and_of_a_token():
+    model = SimpleNamespace(
+        dtype=torch.bfloat16, device=torch.device("cpu"), modules=list, one_call=SimpleNamespace(kernel=Clock())
+    )
+    engine = TimedEngine()
+    found = bench.measure(
+        bench.Subject("tiny", model, tokens_of, engine), bench.Workload(rounds=1, breakdown=True), lambda _: None
+    )
+    tokens = next(event for event in engine.run([engine.requests[-1]]) if isinstance(event, Finished)).usage
+    each = max(tokens.completion_tokens - 1, 1)
+    assert found["breakdown"] == [
+        {"stage": "qkv", "prefill_s": 1.0, "decode_s": 1 / each},
+        {"stage": "head", "prefill_s": 2.0, "decode_s": 2 / each},
+    ]
+    rows = bench.stage_rows(found)
+    assert rows[0] == ("stage", "prompt, us", "%", "token, us", "%")
+    assert [row[0] for row in rows] == ["stage", "qkv", "head", "all"] and rows[1][2] == rows[1][4] == "33.3"
+    assert bench.stage_rows({"breakdown": []}) == []
 
 
 def test_startup_is_measured_in_new_processes(monkeypatch: pytest.MonkeyPatch):

@@ -57,7 +57,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
     def open_model(flags: ModelFlags, plain: bool = False) -> cli.Loaded:
         fake.flags = flags  # type: ignore[attr-defined]
-        model = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"))
+        model = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), modules=list)
         return cli.Loaded(model, FakeProcessor(), fake)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cli, "open_model", open_model)

@@ -71,6 +71,16 @@ def test_why_there_is_no_gpu(
     assert doctor._why_no_cuda("2.9.0", runtime).startswith(sentence)
 
 
+def test_one_backend_is_taken_and_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    found = doctor.backends()
+    assert [backend["name"] for backend in found if backend["taken"]] == ["ref"]
+    assert "4-bit models on the CPU run on ref" in doctor.to_text({"backends": found})
+    monkeypatch.setenv("TINYCHAT_BACKEND", "warp")
+    text = doctor.to_text({"backends": doctor.backends()})
+    assert "4-bit models on the CPU run on none of them: see TINYCHAT_BACKEND" in text
+
+
 def test_a_foreign_awq_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor.metadata, "packages_distributions", lambda: {"awq": ["autoawq", "tinychat"]})
     found = doctor.awq_owner()

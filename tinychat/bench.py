@@ -11,16 +11,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tinychat import __version__
 from tinychat.ask import as_error, last
 from tinychat.core import Event, Failed, Finished, Image, Request, StoppingParams, Text
+from tinychat.core import Token as TokenEvent
+from tinychat.errors import UsageError
+
+if TYPE_CHECKING:
+    from tinychat.flags import BenchFlags, ModelFlags
 
 Json = dict[str, Any]
 
 SCHEMA = "tinychat.bench/1"
+CONTEXT = 4096  # what the engine takes by itself
+SPARE = 16  # tokens that a raw prompt may have on top of its text
 SENTENCE = "the small red circle is left of a large blue square and three green stars stand above them"
 PICTURE_SIZE = (640, 480)
 METRICS = {  # name in Timings -> the row of the table
@@ -48,12 +55,17 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What one round does: about `prompt_tokens` tokens of text, the pictures' own on top, and `new_tokens` drawn."""
+    """What one round does: about `prompt_tokens` tokens of text, the pictures' own on top, and `new_tokens` drawn.
+
+    After the rounds, as many decode `new_tokens` behind `depths` tokens each; `breakdown` measures the stages of one.
+    """
 
     prompt_tokens: int = 512
     new_tokens: int = 64
     images: int = 0
     rounds: int = 3
+    depths: tuple[int, ...] = ()
+    breakdown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +85,68 @@ def measure(subject: Subject, work: Workload, report: Callable[[str], None]) -> 
     for number in range(work.rounds + 1):
         report(f"round {number} of {work.rounds}" if number else "warm-up")
         rounds.append(_round(subject.engine, request(text, work, number)))
-    return _result(subject, work, rounds[1:])
+    found = _result(subject, work, rounds[1:])
+    found["depths"] = [_at_depth(subject, work, depth, report) for depth in work.depths]
+    found["breakdown"] = _breakdown(subject, request(text, work, work.rounds + 1)) if work.breakdown else []
+    return found
+
+
+def roomy(model: ModelFlags, flags: BenchFlags) -> ModelFlags:
+    """The model's flags with a context that holds the deepest of --depth and its answer."""
+    needed = max((*flags.depths, 0)) + flags.new_tokens + SPARE
+    return replace(model, context=needed) if model.context is None and flags.depths and needed > CONTEXT else model
+
+
+def _at_depth(subject: Subject, work: Workload, depth: int, report: Callable[[str], None]) -> Json:
+    """Decoding after a prompt of about `depth` tokens, which only the unmeasured first round computes."""
+    text = prompt_text(subject.processor, depth)
+    stopping = StoppingParams(max_new_tokens=work.new_tokens, ignore_eos=True)
+    subject.engine.reset()
+    speeds = list[float]()
+    for number in range(work.rounds + 1):
+        report(f"depth {depth}, " + (f"round {number} of {work.rounds}" if number else "warm-up"))
+        asked = Request(f"depth-{depth}-{number}", parts=(Text(text),), stopping=stopping)
+        speeds.append(_finished(subject.engine.run([asked])).timings.decode_tps)
+    return {"tokens": depth, "decode_tps": spread(speeds[1:])}
+
+
+def _breakdown(subject: Subject, asked: Request) -> list[Json]:
+    """Seconds of each stage of the decoder for a prompt, and for a token. Raises UsageError without the kernels."""
+    decoder = getattr(subject.model, "one_call", None)
+    if decoder is None:
+        raise UsageError(
+            f"--breakdown reads the CPU kernels' clock, and {subject.name} runs on {backend_of(subject.model)}",
+            "take a 4-bit model on a CPU; `tinychat doctor` says whether the kernels run here",
+        )
+    subject.engine.reset()
+    decoder.kernel.start_profile()
+    prompt, end = dict[str, float](), None
+    for event in subject.engine.run([asked]):
+        if isinstance(event, TokenEvent) and not prompt:
+            prompt = decoder.kernel.profile()
+        end = event
+    if isinstance(end, Failed):
+        raise as_error(end)
+    assert isinstance(end, Finished)
+    whole, tokens = decoder.kernel.profile(), max(end.usage.completion_tokens - 1, 1)
+    return [
+        {"stage": stage, "prefill_s": prompt[stage], "decode_s": (whole[stage] - prompt[stage]) / tokens}
+        for stage in whole
+    ]
+
+
+def backend_of(model: Any) -> str:
+    """What computes the 4-bit linears of a model."""
+    from tinychat.layers.linear import QuantLinear
+
+    kinds = {module.prepared for module in model.modules() if isinstance(module, QuantLinear)}
+    if not kinds:
+        return "torch"
+    if kinds == {True}:
+        from tinychat_kernels import cpu
+
+        return f"cpu, {cpu.available()[1]}"
+    return "ref"
 
 
 def request(text: str, work: Workload, number: int) -> Request:
@@ -85,7 +158,12 @@ def request(text: str, work: Workload, number: int) -> Request:
 
 def _round(engine: Engine, request: Request) -> Finished:
     engine.reset()
-    end = last(engine.run([request]))
+    return _finished(engine.run([request]))
+
+
+def _finished(events: Iterable[Event]) -> Finished:
+    """The end of an answer. Raises the error that it failed with."""
+    end = last(events)
     if isinstance(end, Failed):
         raise as_error(end)
     return end
@@ -137,6 +215,7 @@ def _result(subject: Subject, work: Workload, rounds: Sequence[Finished]) -> Jso
         "device": str(subject.model.device),
         "threads": torch.get_num_threads(),
         "cpu": doctor.cpu()["name"],
+        "backend": backend_of(subject.model),
         "versions": {"tinychat": __version__, "torch": torch.__version__},
         "prompt_tokens": usage.prompt_tokens,
         "image_tokens": usage.image_tokens,
@@ -184,12 +263,30 @@ def rows(found: Json) -> list[tuple[str, ...]]:
     """The table of a result: a head, then one row for each metric."""
     times = {label: found["startup"][name] for name, (label, _) in STARTUP.items()} if "startup" in found else {}
     times |= {label: found[name] for name, label in METRICS.items() if name in found}
+    times |= {f"decode after {at['tokens']}, tokens/s": at["decode_tps"] for at in found.get("depths", ())}
     cells = [(label, *(_number(value[key]) for key in ("median", "min", "max"))) for label, value in times.items()]
     return [("", "median", "min", "max"), *cells]
 
 
 def _number(value: float) -> str:
     return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
+
+
+def stage_rows(found: Json) -> list[tuple[str, ...]]:
+    """The table of a breakdown: microseconds and shares; nothing where there is none."""
+    stages = found.get("breakdown") or []
+    if not stages:
+        return []
+    totals = {key: sum(stage[key] for stage in stages) for key in ("prefill_s", "decode_s")}
+    rows = [
+        (stage["stage"], *(cell for key, total in totals.items() for cell in _share(stage[key], total)))
+        for stage in [*stages, {"stage": "all", **totals}]
+    ]
+    return [("stage", "prompt, us", "%", "token, us", "%"), *rows]
+
+
+def _share(seconds: float, total: float) -> tuple[str, str]:
+    return _number(seconds * 1e6), f"{100 * seconds / total:.1f}" if total else ""
 
 
 def headline(found: Json) -> str:
@@ -200,6 +297,7 @@ def headline(found: Json) -> str:
         return f"tinychat {found['versions']['tinychat']}, {found['rounds']} rounds, seconds"
     return clean_line(
         f"{found['model']}, {found['dtype']} on {found['device']}, {found['threads']} threads, {found['cpu']}; "
+        f"backend {found['backend']}; "
         f"{found['prompt_tokens']} prompt tokens ({found['image_tokens']} of {found['images']} pictures), "
         f"{found['new_tokens']} new tokens, {found['rounds']} rounds"
     )

@@ -152,15 +152,19 @@ def bench(flags: BenchFlags, model: ModelFlags) -> int:
     if flags.startup:
         found = benching.startup(flags.rounds)
     else:
-        loaded = open_model(model)
+        loaded = open_model(benching.roomy(model, flags))
         subject = benching.Subject(model.model or EMBEDDED, loaded.model, loaded.processor, loaded.engine)
-        work = benching.Workload(flags.prompt_tokens, flags.new_tokens, flags.images, flags.rounds)
+        work = benching.Workload(
+            flags.prompt_tokens, flags.new_tokens, flags.images, flags.rounds, flags.depths, flags.breakdown
+        )
         found = benching.measure(subject, work, _note)
     if flags.json:
         typer.echo(json.dumps(found))
     else:
         _say(benching.headline(found))
         _draw_table(benching.rows(found))
+        if stages := benching.stage_rows(found):
+            _draw_table(stages)
         if foot := benching.foot(found):
             _say(foot)
     return 0
@@ -248,9 +252,9 @@ def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:
     from tinychat import load
     from tinychat.engine.engine import Engine
 
+    placement = _placement(flags)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    placement = _placement(flags)
     folder = load.resolve(flags.model, flags.revision)
     started = time.perf_counter()
     with _progress(plain) as report:
@@ -267,7 +271,10 @@ def _placement(flags: ModelFlags) -> Placement:
     from tinychat.load import Placement
 
     device = _checked_device(flags.device)
-    return Placement(flags.dtype, device, flags.device_map, parse_max_memory(flags.max_memory), flags.dequantize)
+    return Placement(
+        dtype=flags.dtype, device=device, device_map=flags.device_map, max_memory=parse_max_memory(flags.max_memory),
+        dequantize=flags.dequantize, exact=flags.exact, head=flags.head, threads=flags.threads,
+    )  # fmt: skip
 
 
 def _checked_device(name: str | None) -> torch.device | None:

@@ -161,10 +161,16 @@ def _why_no_cuda(torch_version: str, runtime: str | None) -> str:
 
 
 def backends() -> list[Json]:
-    """The kernel backends, the fastest first: {name, available, reason}."""
+    """The kernel backends, the fastest first: {name, available, reason, taken}; one is taken for a CPU."""
     from tinychat_kernels import registry
+    from tinychat_kernels.errors import KernelError
 
-    return [{"name": b.name, "available": b.available, "reason": b.reason} for b in registry.backends()]
+    states = registry.backends()
+    try:
+        taken = registry.chosen().name
+    except KernelError:  # TINYCHAT_BACKEND names none that runs, and the environment's block shows it
+        taken = None
+    return [{"name": b.name, "available": b.available, "reason": b.reason, "taken": b.name == taken} for b in states]
 
 
 def cache_folder() -> Path:
@@ -286,7 +292,9 @@ def _cuda_lines(found: Json) -> list[str]:
 
 
 def _backend_lines(found: list[Json]) -> list[str]:
-    return [f"{b['name']} {'on' if b['available'] else 'off'}: {b['reason']}" for b in found]
+    lines = [f"{b['name']} {'on' if b['available'] else 'off'}: {b['reason']}" for b in found]
+    taken = [b["name"] for b in found if b["taken"]]
+    return [*lines, f"4-bit models on the CPU run on {taken[0] if taken else 'none of them: see TINYCHAT_BACKEND'}"]
 
 
 def _folder_lines(found: list[Json]) -> list[str]:

@@ -60,10 +60,16 @@ class ModelFlags:
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Hold 4-bit weights as floats: faster, at 4 to 8 times their memory.")
     ] = False
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Keep activations in 32 bits where 4-bit layers run on a CPU: slower.")
+    ] = False
+    head: Annotated[str, typer.Option(help="A 16-bit head of a 4-bit model on a CPU: int8, or float to keep it.")] = (
+        "int8"
+    )
     template: Annotated[
         str | None, typer.Option(help="Chat template by name, such as vicuna_v1.", show_default="the checkpoint's")
     ] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="torch decides")] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="one a core")] = None
 
 
 CHECKPOINT_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
@@ -144,8 +150,26 @@ class BenchFlags:
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64
     images: Annotated[int, typer.Option(help="Generated pictures in the prompt.", min=0)] = 0
     rounds: Annotated[int, typer.Option(help="Measured rounds, after one that is not.", min=1)] = 3
+    depth: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Decode on contexts of these lengths as well, such as 0,2048,8192."),
+    ] = None
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Show where a token's time goes: needs the CPU kernels.")
+    ] = False
     json: AsJson = False
     startup: Annotated[bool, typer.Option("--startup", help="Measure how fast the command starts instead.")] = False
+
+    def __post_init__(self) -> None:
+        _ = self.depths
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The contexts of --depth. Raises UsageError."""
+        parts = [part.strip() for part in self.depth.split(",")] if self.depth is not None else []
+        if not all(part.isdecimal() for part in parts):
+            raise UsageError(f"--depth is {self.depth!r}", "give lengths such as 0,2048,8192")
+        return tuple(map(int, parts))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ Report = Callable[[int, int], None]
 class Packing:
     """Bytes of each packed linear by its name, in the order in which they lie; `head` is the tensor that it is made of.
 
-    `exact`: activations stay float32.
+    `exact`: activations stay float32. `threads`: that the kernels are to run on.
     """
 
     spec: QuantSpec
@@ -46,6 +46,7 @@ class Packing:
     head: str | None
     stored: frozenset[str]
     exact: bool
+    threads: int | None
 
     @property
     def total(self) -> int:
@@ -82,7 +83,7 @@ def packing_of(source: Source, placement: Placement) -> Packing | None:
     head = _head(source, placement)
     if head is not None:
         sizes[HEAD] = _head_size(source.index, head)
-    return Packing(source.spec, sizes, head, _stored(source, head), placement.exact)
+    return Packing(source.spec, sizes, head, _stored(source, head), placement.exact, placement.threads)
 
 
 def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype, report: Report | None = None) -> None:
@@ -90,6 +91,10 @@ def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype,
 
     Its other tensors are there already.
     """
+    if packing.threads is not None:
+        from tinychat_kernels import cpu
+
+        cpu.set_threads(packing.threads)
     place = _place(source, packing) if packing.total >= KEPT_FROM else None
     found = None if place is None else packed_cache.load(place)
     if found is None or list(found) != list(packing.sizes):

@@ -26,7 +26,7 @@ class Placement:
     """Where the weights go, and as what. Raises UsageError where the arguments contradict each other.
 
     For the CPU kernels: `exact` keeps activations in float32, and `head` says whether a 16-bit head becomes one of
-    8 bits ("int8") or stays ("float").
+    8 bits ("int8") or stays ("float"); `threads` is how many they run on from then on (None: as before).
     """
 
     dtype: Dtype = None
@@ -36,6 +36,7 @@ class Placement:
     dequantize: bool = False
     exact: bool = False
     head: str = "int8"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:

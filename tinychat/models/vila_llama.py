@@ -158,6 +158,12 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             return None
         return self.llm.logits(hidden[:, -1:] if want == "last" else hidden)
 
+    @property
+    def one_call(self) -> CpuDecoder | None:
+        """The decoder as one call of the CPU kernels; None where its modules run."""
+        self._choose_way()
+        return self._one_call
+
     def _choose_way(self) -> None:
         """Whether the CPU kernels run the decoder in one call: asked at each prefill, since modules may be changed."""
         if self._one_call is None or not self._one_call.is_current():
