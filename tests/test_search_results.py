@@ -220,7 +220,7 @@ def sized(index: Index, layer: str) -> Scales:
 
 
 def job(folder: Path, out: Path, results: Path, **changes: Any) -> Job:
-    return Job(folder, out, **{"spec": SPEC, "search_results": results, **changes})
+    return Job(folder, out, **{"spec": SPEC, "search_results": results, "card": False, **changes})
 
 
 def made(wanted: Job, resume: bool = False) -> dict[str, Any]:

@@ -15,10 +15,7 @@ from tinychat.eval.card import Card, CardPlan, Subject, make_card
 from tinychat.eval.heldout import speaks_demo
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tinychat.engine.engine import Engine
-    from tinychat.eval.fidelity import Weight
     from tinychat.flags import EvalFlags
     from tinychat.load import Source
     from tinychat_kernels.layout import QuantSpec
@@ -205,11 +202,13 @@ class _Models:
 
 def _others(job: Job, source: Source, models: _Models) -> tuple[Subject | None, Subject | None]:
     """The model that this one is compared with, and that model rounded to nearest."""
+    from tinychat.quantize.layered import weights_of
+
     against, wanted = job.flags.against, job.flags.nearest
     if against is None:
         return None, None
     base = _source(against)
-    weight = None if base.spec else weights_of(base)
+    weight = None if base.spec else weights_of(base.index)
     subject = Subject(_title(base), lambda: models.base(against), weight)
     spec = None if base.spec else source.spec
     if wanted and spec is None:
@@ -218,18 +217,6 @@ def _others(job: Job, source: Source, models: _Models) -> tuple[Subject | None, 
     if spec is None or not (job.flags.card if wanted is None else wanted):
         return subject, None
     return subject, Subject(f"RTN {spec.bits} bit", lambda: rounded(models.other(against), spec))
-
-
-def weights_of(source: Source) -> Weight:
-    """Reads the weights of a model's linears and embeddings; of them nothing else stays in memory."""
-    from tinychat.checkpoint import Index
-
-    def weight(name: str) -> Tensor:
-        key = f"{name}.weight"
-        key = key if key in source.index else EMBEDDINGS  # a head that is tied to them
-        return Index({key: source.index.entry(key)}).get(key)
-
-    return weight
 
 
 def rounded(engine: Engine, spec: QuantSpec) -> Engine:

@@ -10,9 +10,18 @@ from PIL import Image as pillow
 from make_tiny_model import make_tiny_model
 from quantize_then_run import main
 from tinychat.config import read_config
+from tinychat.eval import heldout, tasks
 from tinychat.load import quant_spec
+from tinychat.quantize import card_plan
 
 QUICK = ("--group", "32", "--samples", "2")
+
+
+@pytest.fixture(autouse=True)
+def small_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (heldout, tasks):
+        monkeypatch.setattr(module, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(card_plan, "SHARE", 16)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +38,7 @@ def test_a_quantized_model_is_written_and_answers(model, tmp_path, capsys):
     assert printed.out.replace("\n", "").replace("\t", "").isprintable()
     assert [line[:12] for line in printed.err.splitlines()] == ["layer 1 of 2", "layer 2 of 2"]
     spec = quant_spec(read_config(out))
-    assert spec is not None and spec.group_size == 32
+    assert spec is not None and spec.group_size == 32 and (out / "quality.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,10 @@ def of_folder(folder: Path) -> dict[str, Any]:
 
 def for_card(found: Mapping[str, Any]) -> dict[str, Any]:
     """What a quality card tells: without the losses of each linear, the hashes of each file, and the hour."""
-    return {name: found[name] for name in ON_CARD if found.get(name) is not None}
+    told = {name: found[name] for name in ON_CARD if found.get(name) is not None}
+    if vision := found.get("vision"):
+        told["vision"] = {name: value for name, value in vision.items() if name != "layers"}
+    return told
 
 
 def peak_ram() -> int:
