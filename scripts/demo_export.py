@@ -12,12 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 from tinychat.engine.engine import Engine
 from tinychat.eval.demo import IMAGE_SIZE, draw_samples
+from tinychat.eval.heldout import heldout
+from tinychat.eval.page import BEGIN, README
 from tinychat.eval.tasks import TaskScore, score_tasks
 from tinychat.load import load
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat.quantize.job import Job
 from tinychat.quantize.run import Run
 
+CARD_SAMPLES = heldout("demo").samples
 SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 PREPROCESSOR: dict[str, object] = {
     "image_processor_type": "CLIPImageProcessor",
@@ -57,17 +60,24 @@ columns.
 """
 
 
-def export(model: VilaLlamaForCausalLM, words: PreTrainedTokenizerFast, out: Path, work: Path, trained: str) -> None:
+def export(
+    model: VilaLlamaForCausalLM,
+    words: PreTrainedTokenizerFast,
+    out: Path,
+    work: Path,
+    trained: str,
+    card_samples: int = CARD_SAMPLES,
+) -> None:
     """Write `work`/sixteen-bit, and from it, by our own AWQ, `out`/model, with `out`/samples beside it."""
     sixteen = work / "sixteen-bit"
     model = copy.deepcopy(model).eval()
     torch.nn.Module.to(model, device="cpu", dtype=torch.float16)
     write(model, words, sixteen)
     shutil.rmtree(out / "model", ignore_errors=True)
-    for event in Run(Job(sixteen, out / "model")).events():
+    for event in Run(Job(sixteen, out / "model", card_samples=card_samples)).events():
         print(event, flush=True)
     draw_samples(out / "samples")
-    (out / "model" / "README.md").write_text(introduction(model, trained), encoding="utf-8")
+    before_card(out / "model" / README, introduction(model, trained))
 
 
 def introduction(model: VilaLlamaForCausalLM, trained: str) -> str:
@@ -78,12 +88,17 @@ def introduction(model: VilaLlamaForCausalLM, trained: str) -> str:
 
 
 def add_scores(out: Path, work: Path, per_task: int) -> None:
-    """Append the table of right answers, 16 and 4 bit, to the card; the scores are printed as they come."""
+    """Add the table of right answers, 16 and 4 bit, to the introduction; the scores are printed as they come."""
     folders = {"16 bit": work / "sixteen-bit", "4 bit": out / "model"}
     scores = {name: scored(folder, per_task) for name, folder in folders.items()}
     table = TABLE.format(per_task=per_task, rows=rows(scores["16 bit"], scores["4 bit"]))
-    with (out / "model" / "README.md").open("a", encoding="utf-8") as card:
-        card.write(table)
+    before_card(out / "model" / README, table)
+
+
+def before_card(readme: Path, text: str) -> None:
+    """Put text before the quality card, after what stands there already."""
+    before, mark, card = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(f"{before.rstrip()}\n{text}\n{mark}{card}".lstrip(), encoding="utf-8")
 
 
 def write(model: VilaLlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -137,11 +137,13 @@ def test_a_training_in_two_parts_is_the_same_training(
 def test_export_writes_a_folder_that_loads_and_a_card(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     state = training.new_state(tokenizer, "cpu")
     out, work = tmp_path / "out", tmp_path / "work"
-    export(state.model, tokenizer, out, work, "nothing")
+    export(state.model, tokenizer, out, work, "nothing", card_samples=1)
     add_scores(out, work, 1)
     model, processor = load(out / "model", device="cpu")
     assert quant_spec(model.config) is not None
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
     card = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert all(f"\n| {task} | " in card for task in TASKS)
+    introduction, table, quality = (card.index(words) for words in ("# The tinychat demo", "| task |", "## Quality"))
+    assert 0 == introduction < table < quality and (out / "model" / "quality.json").is_file()
     assert sorted(path.name for path in out.iterdir()) == ["model", "samples"]
