@@ -7,7 +7,6 @@
 
 #include "arena.h"
 #include "attention.h"
-#include "float_mode.h"
 #include "floats.h"
 #include "linear.h"
 #include "pool.h"
@@ -15,8 +14,7 @@
 namespace tinychat {
 namespace {
 
-constexpr int64_t kSwigluColumns = 512;       // of a task, at least a group
-constexpr int64_t kFewProducts = 1'000'000;  // of a layer: one thread needs some 20 us
+constexpr int64_t kSwigluColumns = 512;  // of a task, at least a group
 
 int64_t qkv_width(const tc_decoder& d) { return (d.heads + 2 * d.kv_heads) * d.head_dim; }
 
@@ -289,10 +287,9 @@ class Forward {
     Stopwatch watch_;
 };
 
-// Whether threads would wait for each other more than they share: a small model's single tokens.
-bool is_small(const tc_decoder& d, int64_t tokens) {
-    const int64_t weights = d.width * (qkv_width(d) + d.heads * d.head_dim + 3 * d.inner);
-    return tokens * weights < kFewProducts;
+// Products of a layer: what threads share between two barriers is a part of them.
+int64_t layer_work(const tc_decoder& d, int64_t tokens) {
+    return tokens * d.width * (qkv_width(d) + d.heads * d.head_dim + 3 * d.inner);
 }
 
 int64_t longest_row(const tc_step& step) {
@@ -315,11 +312,8 @@ size_t tc_step_memory(const tc_decoder* decoder, int64_t rows, int64_t count, in
 void tc_forward(const tc_decoder* decoder, const tc_cache* cache, const tc_step* step) {
     Arena arena(step->memory);
     const Buffers buffers(*decoder, step->rows, step->count, longest_row(*step), arena);
-    const auto job = [&](Team& team) { Forward(team, *decoder, *cache, *step, buffers).run(); };
-    if (!is_small(*decoder, step->rows * step->count)) return run(job);
-    const DefaultFloatMode mode;
-    Team alone(nullptr, 0, 1);
-    job(alone);
+    run([&](Team& team) { Forward(team, *decoder, *cache, *step, buffers).run(); },
+        layer_work(*decoder, step->rows * step->count));
 }
 
 }  // extern "C"
