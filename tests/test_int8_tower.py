@@ -64,7 +64,7 @@ def test_some_linears_may_stay_floats(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("floats", [False, True])
 def test_the_memory_is_planned_for_what_is_held(tmp_path: Path, dtype: torch.dtype, floats: bool) -> None:
-    source = open_source(int8_folder(tmp_path))
+    source = open_source(int8_folder(tmp_path, quantize=None))
     model = assemble(source, Placement(dtype, "cpu", dequantize=floats))
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert weights_bytes(source.index, dtype, floats) == held
@@ -147,7 +147,7 @@ def test_it_is_converted_as_it_is(tmp_path: Path, to: str) -> None:
 
 @pytest.mark.parametrize("to", ["awq-gemm", "compressed-tensors"])
 def test_one_config_cannot_say_it(tmp_path: Path, to: str) -> None:
-    words = f"the vision tower has 8-bit weights, which {to} cannot say; convert it with --to vila or llm-awq-v2"
+    words = f"the vision tower has 8-bit weights, which {to} cannot say; .*--to vila"
     with pytest.raises(ModelError, match=words):
         convert(int8_folder(tmp_path / "in"), tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
