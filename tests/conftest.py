@@ -6,12 +6,15 @@ import ipaddress
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch at its import: no need to import it here
 os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = Path(__file__).parents[1] / "build" / "cache"  # compiled kernels outlive a run of the tests, nothing else does
+os.environ["TINYCHAT_CACHE"] = str(CACHE)  # while tests are collected
 
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
@@ -62,4 +65,6 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("TINYCHAT_HOME", "TINYCHAT_CACHE"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        (CACHE / "kernels").mkdir(parents=True, exist_ok=True)
+        Path(os.environ["TINYCHAT_CACHE"], "kernels").symlink_to(CACHE / "kernels")
         yield

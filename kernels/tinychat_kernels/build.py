@@ -7,7 +7,6 @@ several processes may build at once.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import os
@@ -27,6 +26,8 @@ LIBRARY = "_cpu.so"  # beside this file, where the installation compiled it
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread")
 LINK_FLAGS = ("-shared", "-pthread")
+MARK = b"tinychat CPU kernels, sources "  # stands before the digest in a library
+DIGEST_LENGTH = 24
 SHOWN_LINES = 3  # of what a compiler says
 
 
@@ -39,11 +40,22 @@ def installed() -> Path | None:
 def built(folder: Path) -> Path:
     """The library in the cache folder, compiled if it is not there yet. Raises BuildError."""
     compiler = find_compiler()
-    key = _digest([*_source_bytes(), *_setting(compiler)])
-    path = folder / f"cpu-{key}.so"
+    path = _path_in(folder, compiler)
     if not path.exists():
         compile_library(path, compiler, folder)
     return path
+
+
+def waits_for_compiler(folder: Path) -> bool:
+    """Whether `built` is going to compile, which takes a minute or so."""
+    try:
+        return installed() is None and not _path_in(folder, find_compiler()).exists()
+    except BuildError:
+        return False
+
+
+def _path_in(folder: Path, compiler: Sequence[str]) -> Path:
+    return folder / f"cpu-{_digest([*_source_bytes(), *_setting(compiler)])}.so"
 
 
 def find_compiler() -> list[str]:
@@ -83,18 +95,13 @@ def source_digest() -> str:
 
 def digest_of(path: Path) -> str:
     """The digest of the sources that a library was made from; empty for what is no library of ours."""
-    try:
-        function = ctypes.CDLL(str(path)).tc_source_digest
-    except (OSError, AttributeError):
-        return ""
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    return path.read_bytes().partition(MARK)[2][:DIGEST_LENGTH].decode("ascii", "replace")
 
 
 def _digest_object(common: Sequence[str], objects: Path) -> Path:
-    """A function that returns the digest, compiled."""
+    """A function that returns the mark and the digest, compiled."""
     head = 'extern "C" __attribute__((visibility("default"))) const char* tc_source_digest(void)'
-    text = f'{head} {{ return "{source_digest()}"; }}\n'
+    text = f'{head} {{ return "{MARK.decode()}{source_digest()}"; }}\n'
     out = objects / f"digest-{_digest([text.encode(), *_setting(common)])}.o"
     if not out.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -143,4 +150,4 @@ def _digest(parts: Sequence[bytes]) -> str:
     whole = hashlib.sha256()
     for part in parts:
         whole.update(len(part).to_bytes(8, "little") + part)
-    return whole.hexdigest()[:24]
+    return whole.hexdigest()[:DIGEST_LENGTH]

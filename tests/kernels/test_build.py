@@ -1,0 +1,116 @@
+"""Compiling the kernels: what is compiled again and what not, and the sentences where it cannot be done."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tinychat_kernels import build, cpu
+from tinychat_kernels.errors import BuildError
+
+KERNEL = '#include "answer.h"\nextern "C" __attribute__((visibility("default"))) int answer(void) { return ANSWER; }\n'
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two small sources in place of the kernels."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "answer.h").write_text("#define ANSWER 42\n")
+    (folder / "answer.cpp").write_text(KERNEL)
+    (folder / "other.cpp").write_text("int other() { return 0; }\n")
+    monkeypatch.setattr(build, "SOURCES", folder)
+    monkeypatch.delenv("CXX", raising=False)
+    return folder
+
+
+def answer(path: Path) -> int:
+    return ctypes.CDLL(str(path)).answer()
+
+
+@needs_compiler
+def test_a_changed_source_is_compiled_again_and_nothing_else(sources: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = build.built(cache)
+    assert answer(first) == 42 and build.digest_of(first) == build.source_digest()
+    objects = {path: path.stat().st_mtime_ns for path in cache.glob("other-*.o")}
+    assert build.built(cache) == first
+    (sources / "answer.cpp").write_text(KERNEL.replace("ANSWER", "ANSWER + 1"))
+    second = build.built(cache)
+    assert second != first and answer(second) == 43
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("other-*.o")} == objects
+    (sources / "answer.h").write_text("#define ANSWER 7\n")
+    assert answer(build.built(cache)) == 8
+    assert len(list(cache.glob("other-*.o"))) == 2
+    assert not list(cache.glob("tmp*"))
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_not_taken(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    assert build.installed() is None
+    beside = tmp_path / build.LIBRARY
+    build.compile_library(beside, build.find_compiler(), tmp_path / "objects")
+    assert build.installed() == beside
+    (sources / "answer.h").write_text("#define ANSWER 43\n")
+    assert build.installed() is None
+    beside.unlink()
+    beside.write_bytes(b"no library")
+    assert build.installed() is None
+
+
+@needs_compiler
+def test_several_may_compile_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: build.built(tmp_path / "cache"), range(4)))
+    assert [answer(path) for path in paths] == [42]
+
+
+def test_no_compiler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler was found \(c\+\+, g\+\+, clang\+\+\)"):
+        build.built(tmp_path / "cache")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="no-such-compiler does not run: "):
+        build.built(tmp_path / "cache")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "compiler.py"
+    script.write_text("import sys\nsys.exit('' if '--version' in sys.argv else 'x.cpp:1: error: not today')\n")
+    monkeypatch.setenv("CXX", f"{sys.executable} {script}")
+    with pytest.raises(BuildError, match=r"cannot compile the CPU kernels: x.cpp:1: error: not today$"):
+        build.built(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_compiler
+def test_an_error_in_a_source_is_quoted(sources: Path, tmp_path: Path) -> None:
+    (sources / "answer.cpp").write_text("int broken( { }\n")
+    with pytest.raises(BuildError, match=r"cannot compile the CPU kernels: .*answer.cpp:1:.* error: "):
+        build.built(tmp_path / "cache")
+
+
+def test_a_backend_without_a_library_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build, "installed", lambda: None)
+    cpu.library.cache_clear()
+    try:
+        assert cpu.available() == (False, "no C++ compiler was found (c++, g++, clang++)")
+    finally:
+        cpu.library.cache_clear()
+
+
+@needs_compiler
+def test_where_there_is_a_compiler_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    ran, reason = cpu.available()
+    assert ran, reason
