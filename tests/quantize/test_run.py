@@ -25,7 +25,8 @@ from make_tiny_model import make_tiny_model
 from tinychat.checkpoint import Index, write_safetensors
 from tinychat.config import read_config
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
-from tinychat.load import load, load_model, quant_spec
+from tinychat.load import load, load_folder, load_model, quant_spec
+from tinychat.placement import Placement
 from tinychat.quantize import output
 from tinychat.quantize import run as running
 from tinychat.quantize.blocks import Blocks
@@ -100,7 +101,7 @@ def test_the_checkpoint_is_the_model_quantized_in_memory(models, tmp_path, layou
         outputs = [blocks.run(layer, hidden) for hidden in states]
         quantize_block(layer, blocks.run, states, recipe_for(family), wanted.search_options(), seed=i)
         states = outputs
-    packed = load_model(tmp_path / "out", dtype=torch.float32)
+    packed = load_folder(tmp_path / "out", Placement(torch.float32, "cpu", dequantize=True)).model
     for hidden in first:
         with torch.no_grad():
             ours, theirs = (m(inputs_embeds=hidden[None]).logits for m in (packed, reference))
