@@ -17,11 +17,12 @@ from tinychat.errors import UsageError
 from tinychat.layers.embedding import StoredEmbedding
 from tinychat.layers.head import PackedHead
 from tinychat.layers.linear import QuantLinear
-from tinychat.load import _dtype_of, assemble, load_model, open_source
+from tinychat.load import _dtype_of, assemble, load_folder, load_model, open_source
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat.placement import Placement
-from tinychat_kernels import cpu
-from tinychat_kernels.errors import KernelError
+from tinychat.terminal.progress import words
+from tinychat_kernels import build, cpu, registry
+from tinychat_kernels.errors import BuildError, KernelError
 
 available, reason = cpu.available()
 pytestmark = [
@@ -209,6 +210,26 @@ def test_other_weights_are_packed_anew(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_small_model_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packed_cache, "save", lambda *_: pytest.fail("kept"))
     loaded(folder)
+
+
+def test_who_waits_for_the_compiler_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    source, placed = open_source(folder), Placement(device="cpu")
+    monkeypatch.setattr(build, "installed", lambda: None)
+    assert packing.waits_for_compiler(source, placed)
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "chosen", lambda: registry.Backend("ref", True, "after the compiler"))
+        load_folder(folder, placed, progress=lambda step: seen.append(words(step)))
+    assert seen[0] == "compiling the CPU kernels, this once" and seen[1].startswith("loading ")
+    assert not packing.waits_for_compiler(source, Placement(device="cpu", dequantize=True))
+    monkeypatch.setattr(build, "find_compiler", raises_build_error)
+    assert not packing.waits_for_compiler(source, placed)
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    assert not packing.waits_for_compiler(source, placed)
+
+
+def raises_build_error() -> list[str]:
+    raise BuildError("no C++ compiler was found")
 
 
 def test_progress_counts_tensors_and_then_linears(folder: Path):

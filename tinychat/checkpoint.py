@@ -124,6 +124,10 @@ class Index:
         """One tensor, memory-mapped where the file allows it: taking a slice of it reads that slice alone."""
         return self.entry(name).read(_opener(self._readers))
 
+    def close(self) -> None:
+        """Let go of the files that are open; they are opened again where a tensor is asked for."""
+        self._readers.clear()
+
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Every (name, tensor), file by file; a file is closed before the next one is opened.
 

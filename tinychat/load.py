@@ -18,7 +18,7 @@ from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
 from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
 from tinychat.int8_tower import int8_linears, swap_int8
-from tinychat.packing import Packing, fill, packing_of
+from tinychat.packing import Packing, fill, packing_of, waits_for_compiler
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
@@ -116,6 +116,8 @@ def load_folder(
 
     source = open_source(folder)
     tokens = choose_context(source.config, context)
+    if progress is not None and waits_for_compiler(source, placement):
+        progress(Progress("", "compile", 0, 1))
     plan(source, tokens, placement, chunk)
     processor = Processor.from_folder(source.folder, source.config, template)
     return Ready(assemble(source, placement, progress), processor, tokens)

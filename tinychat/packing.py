@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tinychat import packed_cache
 from tinychat.checkpoint import Index
 from tinychat.packed_cache import Place
-from tinychat.repack import packed_linears
+from tinychat.repack import Computed, packed_linears
 from tinychat_kernels import registry
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import PER_WORD, AwqGemm, QuantSpec
@@ -73,8 +73,7 @@ def packing_of(source: Source, placement: Placement) -> Packing | None:
 
     Raises KernelError for a TINYCHAT_BACKEND that does not run.
     """
-    on_cpu = placement.device_map is None and placement.main_device.type == "cpu"
-    if source.spec is None or not on_cpu or placement.dequantize or registry.chosen().name != "cpu":
+    if source.spec is None or not _may_pack(source, placement) or registry.chosen().name != "cpu":
         return None
     try:
         sizes = {name: _size(source.index, name, source.spec) for name in _in_order(source.index)}
@@ -84,6 +83,20 @@ def packing_of(source: Source, placement: Placement) -> Packing | None:
     if head is not None:
         sizes[HEAD] = _head_size(source.index, head)
     return Packing(source.spec, sizes, head, _stored(source, head), placement.exact, placement.threads)
+
+
+def waits_for_compiler(source: Source, placement: Placement) -> bool:
+    """Whether `packing_of` is going to compile the kernels, which takes a minute or so. Raises KernelError too."""
+    from tinychat_kernels import build, cpu
+
+    wanted = _may_pack(source, placement) and registry.asked() in (None, "cpu")
+    return wanted and build.waits_for_compiler(cpu.cache_folder())
+
+
+def _may_pack(source: Source, placement: Placement) -> bool:
+    """Whether the CPU kernels, where they run, have a part in a model that is placed like this."""
+    on_cpu = placement.device_map is None and placement.main_device.type == "cpu"
+    return source.spec is not None and on_cpu and not placement.dequantize
 
 
 def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype, report: Report | None = None) -> None:
@@ -99,6 +112,7 @@ def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype,
     found = None if place is None else packed_cache.load(place)
     if found is None or list(found) != list(packing.sizes):
         found = dict(_packed(source, packing, report))
+        source.index.close()
         if place is not None:
             packed_cache.save(place, found)
     _hand_over(model, source, packing, dtype, found)
@@ -128,7 +142,10 @@ def _head(source: Source, placement: Placement) -> str | None:
     """The tensor that an 8-bit head is made of; None where the head stays as it is."""
     tied = source.config.text.tie_word_embeddings
     name = f"{EMBEDDINGS if tied else HEAD}.weight"
-    return name if placement.head != "float" and name in source.index and source.index.dtype(name) in HALF else None
+    if placement.head == "float" or name not in source.index:
+        return None
+    made = isinstance(source.index.entry(name), Computed)  # of fewer bits, and held in 32 otherwise
+    return name if made or source.index.dtype(name) in HALF else None
 
 
 def _head_size(index: Index, head: str) -> int:

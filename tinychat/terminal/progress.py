@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.spinner import Spinner
 
 _WORDS: dict[Stage, tuple[str, str]] = {
+    "compile": ("compiling the CPU kernels, this once", "compiling the CPU kernels, this once"),
     "load": ("loading 1 tensor", "loading {total:,} tensors"),
     "images": ("looking at 1 picture", "looking at {total:,} pictures"),
     "vision": ("looking at 1 picture", "looking at {total:,} pictures"),
