@@ -27,6 +27,7 @@ struct Stored<Kind::bf16> {
 
 constexpr int kRows = 6;                        // queries that share what is loaded of keys or values
 constexpr int kWide = LANES == 256 ? 2 : 4;     // vectors of keys, or of a value, beside each other
+constexpr int64_t kAhead = 32;                  // values asked for before their turn
 constexpr float kNothing = -__builtin_inff();
 
 // keys [n, D] -> part [D, kPart]; columns beyond n are 0.
@@ -37,7 +38,10 @@ static void transpose_keys(const typename Stored<kind>::Type* keys, int64_t head
             vf rows[W];
 #pragma GCC unroll 16
             for (int i = 0; i < W; i++) {
-                rows[i] = k + i < n ? Stored<kind>::load(keys + (k + i) * head_dim + d) : vzero();
+                // The next part's keys are asked for now: rows at this stride are more than the hardware foresees.
+                const auto* key = keys + (k + i) * head_dim + d;
+                rows[i] = k + i < n ? Stored<kind>::load(key) : vzero();
+                __builtin_prefetch(key + kPart * head_dim);
             }
             vtranspose(rows, part + d * kPart + k, kPart);
         }
@@ -76,7 +80,10 @@ static void mix_tile(const float* weights, const typename Stored<kind>::Type* va
         for (int w = 0; w < WIDE; w++) sum[r][w] = vzero();
     for (int64_t k = 0; k < n; k++) {
         vf value[WIDE];
-        for (int w = 0; w < WIDE; w++) value[w] = Stored<kind>::load(values + k * head_dim + w * W);
+        for (int w = 0; w < WIDE; w++) {
+            value[w] = Stored<kind>::load(values + k * head_dim + w * W);
+            if (R <= 4) __builtin_prefetch(values + (k + kAhead) * head_dim + w * W);
+        }
         for (int r = 0; r < R; r++) {
             const vf x = vset(weights[r * kBlock + k]);
             for (int w = 0; w < WIDE; w++) sum[r][w] = vfma(x, value[w], sum[r][w]);
@@ -145,17 +152,18 @@ static void attend_block(const Queries& q, int64_t start, const Partial& result)
     const Type* keys = (const Type*)q.keys + start * dim;
     const Type* values = (const Type*)q.values + start * dim;
     const Seen all = seen(q, 0, q.count - 1, start);
+    const int64_t tiles = (q.count + kRows - 1) / kRows, most = (q.count + tiles - 1) / tiles;  // 8 are 4 and 4
     for (int64_t k = all.begin / kPart * kPart; k < all.end; k += kPart) {
         transpose_keys<kind>(keys + k * dim, dim, all.end - k < kPart ? all.end - k : kPart, q.part);
-        for (int64_t i = 0; i < q.count; i += kRows) {
-            const int64_t rows = q.count - i < kRows ? q.count - i : kRows;
+        for (int64_t i = 0; i < q.count; i += most) {
+            const int64_t rows = q.count - i < most ? q.count - i : most;
             const Seen any = seen(q, i, i + rows - 1, start);
             if (any.end <= k || any.begin >= k + kPart) continue;
             kScorePart[rows - 1](q.q + i * dim, q.part, dim, q.scores + i * kBlock + k);
         }
     }
-    for (int64_t i = 0; i < q.count; i += kRows) {
-        const int64_t rows = q.count - i < kRows ? q.count - i : kRows;
+    for (int64_t i = 0; i < q.count; i += most) {
+        const int64_t rows = q.count - i < most ? q.count - i : most;
         const Seen any = seen(q, i, i + rows - 1, start);
         const int64_t low = any.begin / kSums * kSums, high = (any.end + kSums - 1) / kSums * kSums;
         for (int64_t j = i; j < i + rows; j++) {
