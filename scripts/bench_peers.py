@@ -43,6 +43,7 @@ GROUP = 128
 GGUF = ("q4_0", "q4_k_m")
 PEERS = (
     Peer("tinychat", "tinychat_peer", "own", {"checkpoint": "awq"}, ("awq",)),
+    Peer("tinychat exact", "tinychat_peer", "own", {"checkpoint": "awq", "exact": True}, ("awq",)),
     *(
         Peer(f"llama.cpp {kind.upper()}", "llama_cpp_peer", "runtimes", {"file": f"{kind}.gguf"}, (f"{kind}.gguf",))
         for kind in GGUF

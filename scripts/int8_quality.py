@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What 8-bit activations and an 8-bit head cost a 4-bit model on a CPU: KL from exact ones, and right answers.
 
-    scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--json]
+    scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--threads N] [--json]
 
 MODEL is a folder or a hub id (the embedded model). All settings read the same held-out sequences. `exact` keeps
 activations in float32 and the head as it is stored, and is what the others are compared with; `down_proj exact` has
@@ -49,8 +49,8 @@ SETTINGS = (
 )
 
 
-def opened(model: str | None, setting: Setting) -> Engine:
-    placement = Placement(device="cpu", exact=setting.exact, head=setting.head)
+def opened(model: str | None, setting: Setting, threads: int | None) -> Engine:
+    placement = Placement(device="cpu", exact=setting.exact, head=setting.head, threads=threads)
     ready = load.load_folder(load.resolve(model), placement)
     for name, module in ready.model.named_modules():
         if isinstance(module, QuantLinear):
@@ -68,7 +68,7 @@ def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[di
     base: list[dict[str, Any]] = []
     for setting in SETTINGS:
         say(setting.name)
-        engine = opened(args.model, setting)
+        engine = opened(args.model, setting, args.threads)
         demo = speaks_demo(engine.processor)
         if not held:
             held = [
@@ -106,6 +106,7 @@ def main() -> int:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--samples", type=int, default=64, help="held-out sequences of each kind (%(default)s)")
     parser.add_argument("--per-task", type=int, default=100, help="questions of each task and split (%(default)s)")
+    parser.add_argument("--threads", type=int, help="of the kernels (one a core)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = list(results(args, lambda text: print(text, file=sys.stderr, flush=True)))

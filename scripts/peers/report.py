@@ -80,7 +80,8 @@ def _program_lines(found: Json) -> list[str]:
             continue
         streamed = "" if program["bytes_per_token"] is None else f"{program['bytes_per_token'] / 1e6:.0f}"
         peak = f"{program['peak_memory'] / 2**20:.0f}"
-        rows.append(f"| {name} | {program['version']} | {streamed} | {peak} | {program['notes']} |")
+        notes = program["notes"].replace("|", ",")
+        rows.append(f"| {name} | {program['version']} | {streamed} | {peak} | {notes} |")
     return rows
 
 

@@ -1,11 +1,10 @@
 """Ourselves, as the engine runs a model: `prefill` and `decode` of the one that the loader makes of a folder.
 
-Options: `checkpoint`, the name of the model's folder.
+Options: `checkpoint`, the name of the model's folder; `exact` and `head` as --exact and --head.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import torch
 from peers.protocol import Facts, Setup, serve, timed, token_ids
 from tinychat import __version__, load
 from tinychat.engine.engine import CHUNK, running
+from tinychat.layers.head import PackedHead
 from tinychat.layers.linear import QuantLinear
 from tinychat.placement import Placement
 from tinychat_kernels import registry
+from tinychat_kernels.cpu import Packed
 
 ROWS = 4
 
@@ -28,7 +29,9 @@ class Tinychat:
         torch.set_num_threads(setup.threads)
         self.setup = setup
         source = load.open_source(Path(setup.folder) / setup.options["checkpoint"])
-        self.model: Any = load.assemble(source, Placement(device="cpu"))
+        exact, head = bool(setup.options.get("exact")), setup.options.get("head", "int8")
+        placement = Placement(device="cpu", exact=exact, head=head, threads=setup.threads)
+        self.model: Any = load.assemble(source, placement)
         self.cache: Any = self.model.make_cache(1, setup.context)
         with running():
             ids = torch.tensor(list(token_ids(setup.context, setup.shape.vocab_size)))
@@ -37,10 +40,11 @@ class Tinychat:
     def facts(self) -> Facts:
         tensors = [*self.model.llm.named_parameters(), *self.model.llm.named_buffers()]
         read = sum(tensor.nbytes for name, tensor in tensors if "embed_tokens" not in name)
-        if self.model.config.text.tie_word_embeddings:
-            read += self.model.llm.model.embed_tokens.weight.nbytes
-        backend = next(b for b in registry.backends() if b.available)
-        notes = f"backend {os.environ.get('TINYCHAT_BACKEND') or backend.name}: {backend.reason}"
+        packed = [module.packed for module in self.model.modules() if isinstance(module, QuantLinear | PackedHead)]
+        read += sum(one.blocks.nbytes for one in packed if isinstance(one, Packed))
+        head = "8-bit head" if isinstance(self.model.llm.lm_head, PackedHead) else "float head"
+        backend = registry.chosen()
+        notes = f"backend {backend.name}: {backend.reason}; {head}"
         return Facts(f"tinychat {__version__}", read, ("decode", "prefill", "linears", "rows"), notes)
 
     def run(self, kind: str, tokens: int, depth: int) -> float:
