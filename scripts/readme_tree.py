@@ -13,7 +13,7 @@ FOLDERS = ("tinychat", "awq", "kernels", "scripts", "tests")
 CLOSED = {  # shown as one line: what is below mirrors something else, or is data
     "tests": "mirror the source",
     "tinychat/assets": "the embedded model and its sample pictures",
-    "kernels/tinychat_kernels/csrc/cpu": "the CPU kernels in C++17: a plain C interface, instructions chosen at run time",
+    "kernels/tinychat_kernels/csrc/cpu": "the CPU kernels in C++17: a plain C interface, instruction sets at run time",
 }
 WIDTH, LONGEST = 26, 110
 
