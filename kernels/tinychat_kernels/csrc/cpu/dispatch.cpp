@@ -66,7 +66,7 @@ bool cpu_has(Isa isa) {
     switch (isa) {
         case Isa::generic: return true;
         case Isa::dotprod: return has_dotprod();
-        case Isa::i8mm: return has_dotprod() && has_i8mm();
+        case Isa::i8mm: return TINYCHAT_HAS_I8MM != 0 && has_dotprod() && has_i8mm();
         default: return false;
     }
 }

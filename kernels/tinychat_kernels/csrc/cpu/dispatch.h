@@ -24,6 +24,13 @@
 #define TINYCHAT_HAS_AVXVNNI 0
 #endif
 
+// Compilers that know Arm's products of matrices.
+#if defined(__aarch64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 10)
+#define TINYCHAT_HAS_I8MM 1
+#else
+#define TINYCHAT_HAS_I8MM 0
+#endif
+
 #define TINYCHAT_AVX2 "avx2,fma,f16c"
 #define TINYCHAT_AVXVNNI "avx2,fma,f16c,avxvnni"
 #define TINYCHAT_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"

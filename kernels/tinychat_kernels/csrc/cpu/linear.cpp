@@ -58,7 +58,7 @@ struct PanelWork {
 struct PanelMemory {
     PanelMemory(Team& team, const Blocks& w, int64_t chunk, int64_t rows) {
         const int64_t quads = (w.group + 3) / 4;
-        const int64_t values = chunk * kPanelBlocks * quads * kLine;
+        const int64_t values = chunk * kPanelBlocks * Panel::part_size(quads);
         const int64_t numbers = chunk * kPanelColumns;
         const int64_t bytes = values + 4 * (2 * numbers + rows * kPanelColumns);
         auto* memory = static_cast<uint8_t*>(team.scratch(Scratch::linear, static_cast<size_t>(bytes)));
@@ -108,7 +108,9 @@ const LinearKernels& linear_kernels() {
 #endif
         case Isa::avx2: return kLinearAvx2;
 #elif defined(__aarch64__)
-        case Isa::i8mm:
+#if TINYCHAT_HAS_I8MM
+        case Isa::i8mm: return kLinearI8mm;
+#endif
         case Isa::dotprod: return kLinearDotprod;
 #endif
         default: return kLinearGeneric;

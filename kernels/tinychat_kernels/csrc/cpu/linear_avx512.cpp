@@ -222,7 +222,7 @@ template <int kBits, int kRows>
 inline TINYCHAT_INLINE void multiply_group(const uint8_t* weights, const float* scales, const int32_t* zeros, int64_t quads,
                                            const int8_t* values, int64_t stride, const float* row_scales,
                                            const int32_t* row_sums, int64_t groups, float* sums) {
-    const int64_t next_block = quads * kLine;
+    const int64_t next_block = Panel::part_size(quads);
     __m512i dots[kRows][kPanelBlocks];
     unrolled<kRows>([&](auto r) TINYCHAT_INLINE {
         const int32_t row_sum = row_sums[r * groups];

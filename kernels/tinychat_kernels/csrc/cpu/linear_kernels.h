@@ -12,12 +12,14 @@ constexpr int kPanelColumns = kPanelBlocks * kLanes;
 
 // Some groups of kPanelBlocks blocks, a byte a weight, for many rows. Part (g, b) is group g of block b.
 struct Panel {
-    uint8_t* values;  // [groups, kPanelBlocks, quads of inputs, 64]
+    uint8_t* values;  // [groups, kPanelBlocks, quads of inputs (an even number), 64]
     float* scales;    // [groups, kPanelBlocks, 16]
     int32_t* zeros;   // [groups, kPanelBlocks, 16]: less the zero points; of 4 bits only
     int64_t quads;    // of a group
 
-    uint8_t* part(int64_t g, int b) const { return values + (g * kPanelBlocks + b) * quads * kLine; }
+    static int64_t part_size(int64_t quads) { return round_up(quads, 2) * kLine; }
+
+    uint8_t* part(int64_t g, int b) const { return values + (g * kPanelBlocks + b) * part_size(quads); }
     float* scales_of(int64_t g, int b) const { return scales + (g * kPanelBlocks + b) * kLanes; }
     int32_t* zeros_of(int64_t g, int b) const { return zeros + (g * kPanelBlocks + b) * kLanes; }
 };
@@ -59,6 +61,7 @@ extern const LinearKernels kLinearAvx2;
 extern const LinearKernels kLinearAvxVnni;
 extern const LinearKernels kLinearAvx512;
 extern const LinearKernels kLinearDotprod;
+extern const LinearKernels kLinearI8mm;
 
 // How a group is rounded to int8: value = rint(x * inverse), x = value * scale. The largest magnitude comes as the
 // bits of a float, whose order is that of whole numbers, NaN and Inf at the top. Such a group's scale is NaN and its
