@@ -99,6 +99,8 @@ def test_texts_are_cut_into_windows_that_hold_all_of_it(reads, tmp_path):
     assert [i for prompt in windows for i in prompt.ids] == list(whole[:80]) and data.lengths == (40, 40)
     rows = lines(tmp_path / "a.jsonl", {"text": "one"}, "", {"text": "two"})
     assert sorted(said(reads, p) for p in gather(Calibration((rows,), 9), reads).prompts) == ["one", "two"]
+    rows = lines(tmp_path / "b.jsonl", '{"text": "one\u2028two\x85three"}')  # as it is, which JSON allows
+    assert said(reads, one(reads, rows)) == "one\u2028two\x85three"
 
 
 def test_sources_share_the_samples(sees, picture, tmp_path):
@@ -150,6 +152,8 @@ def test_equal_data_has_equal_hashes(sees, picture, tmp_path):
         ("a.jsonl", '{"messages": [{"role": "robot", "content": ""}]}', FormatError, "line 1 is not .*robot"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "<image>"}]}', FormatError, "line 1 is not"),
         ("a.jsonl", "", UsageError, "holds nothing to read; give another --calib"),
+        ("a.txt", "", UsageError, "holds nothing to read; give another --calib"),
+        ("a.jsonl", '{"text": ""}', UsageError, "holds nothing to read; give another --calib"),
         ("a.txt", "\xff".encode("latin-1"), FormatError, "is not text in UTF-8"),
         ("a.csv", "x", UsageError, r"is a \.csv file; give \.jsonl or \.txt"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}], "image": "no.png"}', MediaError, "no.png does"),
@@ -168,6 +172,8 @@ def test_a_source_that_is_not_there(sees, tmp_path):
         one(sees, str(tmp_path))
     with pytest.raises(UsageError, match="0 samples of 5 tokens are asked for; give 1 or more"):
         Calibration(samples=0, seqlen=5)
+    with pytest.raises(UsageError, match="3 calibration sources are given for 2 samples; give a --calib-samples of"):
+        Calibration(("a.txt", "b.txt", "c.txt"), samples=2)
 
 
 def test_a_text_model_takes_no_pictures(reads, picture, tmp_path):

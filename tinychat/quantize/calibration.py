@@ -67,11 +67,12 @@ def gather(wanted: Calibration, processor: Processor) -> Data:
     for i, name in enumerate(names):
         share = (wanted.samples - i + len(names) - 1) // len(names)
         drafts = _drafts(name, wanted, processor, share)
-        if not drafts:
-            raise UsageError(f"the calibration source {name} holds nothing to read", "give another --calib")
         random.Random(f"{wanted.seed}/{i}").shuffle(drafts)
-        prompts += [_light(draft()) for draft in drafts[:share]]
-    return Data(tuple(prompt for prompt in prompts if prompt.ids), names, wanted.seqlen)
+        drawn = [_light(draft()) for draft in drafts[:share]]
+        if not any(prompt.ids for prompt in drawn):
+            raise UsageError(f"the calibration source {name} holds nothing to read", "give another --calib")
+        prompts += [prompt for prompt in drawn if prompt.ids]
+    return Data(tuple(prompts), names, wanted.seqlen)
 
 
 def _light(prompt: Prompt) -> Prompt:
@@ -141,7 +142,7 @@ def _picture_folder(folder: Path) -> Iterator[tuple[Message, ...]]:
 
 
 def _jsonl(path: Path, processor: Processor) -> Iterator[Draft]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # a string of JSON may hold other ends of lines
         if not line.strip():
             continue
         try:

@@ -49,6 +49,9 @@ class Calibration:
     def __post_init__(self) -> None:
         if min(self.samples, self.seqlen) < 1:
             raise UsageError(f"{self.samples} samples of {self.seqlen} tokens are asked for", "give 1 or more of both")
+        if self.samples < len(self.sources):
+            message = f"{len(self.sources)} calibration sources are given for {self.samples} samples"
+            raise UsageError(message, "give a --calib-samples of at least one for each --calib")
 
 
 @dataclass(frozen=True)
