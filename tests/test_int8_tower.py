@@ -38,7 +38,8 @@ def test_the_towers_linears_have_eight_bits(tmp_path: Path, vision: str) -> None
     stored = load_file(folder / "vision_tower" / "model.safetensors")
     linear = model.get_submodule("vision_tower.vision_model.encoder.layers.1.mlp.fc2")
     name = next(key for key in stored if key.endswith("layers.1.mlp.fc2.weight"))
-    assert torch.equal(linear.weight, stored[name]) and torch.equal(linear.weight_scale, stored[f"{name}_scale"])
+    weight, scale = linear.packed
+    assert torch.equal(weight, stored[name]) and torch.equal(scale[:, None], stored[f"{name}_scale"])
     assert linear.bias.dtype == torch.float32
 
 

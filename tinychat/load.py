@@ -18,7 +18,7 @@ from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
 from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
 from tinychat.int8_tower import int8_linears, swap_int8
-from tinychat.packing import Packing, fill, packing_of, waits_for_compiler
+from tinychat.packing import Packing, fill, packing_of, prepare_tower, waits_for_compiler
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
@@ -175,6 +175,8 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
     checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, loading, **other)
     if packing:
         fill(model, source, packing, dtype, preparing)
+    if source.int8 and not placement.dequantize:
+        prepare_tower(model, placement)
     if placement.dequantize:
         dequantize(model, dtype)
     model.eval()

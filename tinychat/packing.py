@@ -95,8 +95,11 @@ def waits_for_compiler(source: Source, placement: Placement) -> bool:
 
 def _may_pack(source: Source, placement: Placement) -> bool:
     """Whether the CPU kernels, where they run, have a part in a model that is placed like this."""
-    on_cpu = placement.device_map is None and placement.main_device.type == "cpu"
-    return source.spec is not None and on_cpu and not placement.dequantize
+    return source.spec is not None and _on_cpu(placement) and not placement.dequantize
+
+
+def _on_cpu(placement: Placement) -> bool:
+    return placement.device_map is None and placement.main_device.type == "cpu"
 
 
 def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype, report: Report | None = None) -> None:
@@ -116,6 +119,16 @@ def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype,
         if place is not None:
             packed_cache.save(place, found)
     _hand_over(model, source, packing, dtype, found)
+
+
+def prepare_tower(model: nn.Module, placement: Placement) -> None:
+    """Pack the 8-bit linears of a loaded vision tower, one at a time, where the CPU kernels run it."""
+    from tinychat.layers.int8_linear import Int8Linear
+
+    if _on_cpu(placement) and registry.chosen().name == "cpu":
+        for module in model.modules():
+            if isinstance(module, Int8Linear):
+                module.prepare()
 
 
 def _in_order(index: Index) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinychat.layers.int8_linear import Int8Linear
+from tinychat_kernels import cpu
 from tinychat_kernels.errors import KernelError, LayoutError
 
 
@@ -77,3 +78,32 @@ def test_what_cannot_be_held_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_it_says_what_it_is() -> None:
     assert repr(Int8Linear(64, 24)) == "Int8Linear(64, 24, bias=True)"
+
+
+needs_kernels = pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prepared_one_gives_the_same_and_holds_it_once(dtype: torch.dtype, bias: bool) -> None:
+    plain = Int8Linear.from_linear(linear(dtype, bias))
+    ours = copy.deepcopy(plain)
+    ours.prepare()
+    assert ours.prepared and not list(ours.buffers())
+    assert torch.equal(ours.packed.weight, plain.packed.weight) and torch.equal(ours.packed.scale, plain.packed.scale)
+    x = noise(2, 3, 64).to(dtype)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    assert ours(x).dtype == dtype
+
+
+@needs_kernels
+def test_a_prepared_one_saves_and_copies_as_on_disk() -> None:
+    plain = Int8Linear.from_linear(linear())
+    ours = copy.deepcopy(plain)
+    ours.prepare()
+    for other in (ours.state_dict(), copy.deepcopy(ours).state_dict()):
+        assert set(other) == set(plain.state_dict())
+        assert all(torch.equal(other[name], tensor) for name, tensor in plain.state_dict().items())
+    assert not copy.deepcopy(ours).prepared and not copy.deepcopy(ours).to("meta").prepared
+    assert torch.equal(ours.to_linear(torch.float32).weight, plain.to_linear(torch.float32).weight)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from tinychat.layers.prepared import Prepared
 from tinychat_kernels import registry
+from tinychat_kernels.cpu import Packed
 from tinychat_kernels.int8 import Int8, dequantize_rows, quantize_rows
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Prepared):
     """x `[..., K]` -> `[..., N]`; the buffers are compressed-tensors' int-quantized ones, bit for bit as on disk."""
+
+    FORM = ("weight", "weight_scale")
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -24,11 +28,21 @@ class Int8Linear(nn.Module):
 
     @property
     def packed(self) -> Int8:
-        return Int8(cast("Tensor", self.weight), cast("Tensor", self.weight_scale)[:, 0])
+        """The weights as on disk."""
+        weight, scale = self._form().values()
+        return Int8(weight, scale[:, 0])
 
     def load_packed(self, packed: Int8) -> None:
         """Take over quantized weights; the bias stays."""
         self.weight, self.weight_scale = packed.weight, packed.scale[:, None]
+        self._prepared = None
+
+    def prepare(self) -> None:
+        """Hold the weights as the CPU kernels read them. Raises BuildError where there are none."""
+        from tinychat_kernels import cpu
+
+        if not self.prepared:
+            self._hold(cpu.pack_int8(self.packed))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Int8Linear:
@@ -51,8 +65,16 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         registry.asked()  # a wrong name is an error, whatever computes
         flat = x.reshape(-1, self.in_features)
-        out = registry.pick("w8a8_linear", "ref")(flat, self.packed, self.bias)
+        backend = self._computes_by(x)
+        out = registry.pick("w8a8_linear", backend)(
+            flat, self.packed if backend == "ref" else self._prepared, self.bias
+        )
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def _unpacked(self, packed: Packed) -> Mapping[str, Tensor]:
+        from tinychat_kernels import blocks
+
+        return dict(zip(self.FORM, blocks.unpack_int8(packed), strict=True))

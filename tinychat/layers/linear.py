@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from tinychat.layers.prepared import Prepared
 from tinychat_kernels import layout, registry
 from tinychat_kernels.cpu import Packed
 from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec
 
-WORDS = ("qweight", "qzeros", "scales")
 
+class QuantLinear(Prepared):
+    """x `[..., K]` -> `[..., N]`; buffers are the AWQ GEMM layout, bit for bit as on disk."""
 
-class QuantLinear(nn.Module):
-    """x `[..., K]` -> `[..., N]`; buffers are the AWQ GEMM layout, bit for bit as on disk.
-
-    `prepare` holds the same weights as the CPU kernels read them instead. A state dict, a copy, and what is cast or
-    moved to another device have the AWQ layout again.
-    """
+    FORM = AwqGemm._fields
 
     def __init__(self, in_features: int, out_features: int, spec: QuantSpec, bias: bool = False) -> None:
         super().__init__()
@@ -29,7 +26,6 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.spec = spec
         self.exact = False
-        self._prepared: Packed | None = None
         groups = spec.groups(in_features)
         self.register_buffer("qweight", torch.zeros((in_features, out_features // 8), dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros((groups, out_features // 8), dtype=torch.int32))
@@ -41,11 +37,6 @@ class QuantLinear(nn.Module):
         """The weights as they are held now."""
         return self._prepared or self._words()
 
-    @property
-    def prepared(self) -> bool:
-        """Whether the weights are held as the CPU kernels read them."""
-        return self._prepared is not None
-
     def logical(self) -> Logical:
         """(q, scale, zero) as tinychat_kernels.layout defines them."""
         if self._prepared is None:
@@ -56,7 +47,8 @@ class QuantLinear(nn.Module):
 
     def load_logical(self, logical: Logical) -> None:
         """Take over quantized weights; the bias stays."""
-        self._take(layout.from_logical(logical, self.spec))
+        self.qweight, self.qzeros, self.scales = layout.from_logical(logical, self.spec)
+        self._prepared = None
 
     def prepare(self, packed: Packed | None = None, *, exact: bool = False) -> None:
         """Hold the weights as the CPU kernels read them, packed before or now; `exact`: activations stay float32.
@@ -67,14 +59,8 @@ class QuantLinear(nn.Module):
             from tinychat_kernels import cpu
 
             packed = cpu.pack(self._words(), self.spec)
-        self._prepared, self.exact = packed, exact
-        for name in WORDS:
-            setattr(self, name, None)
-
-    def restore(self) -> None:
-        """Hold the AWQ layout again."""
-        if self.prepared:
-            self.load_logical(self.logical())
+        self._hold(packed)
+        self.exact = exact
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, spec: QuantSpec) -> QuantLinear:
@@ -97,8 +83,8 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat, bias = x.reshape(-1, self.in_features), cast("Tensor | None", self.bias)
         registry.asked()  # a wrong name is an error, whatever computes
-        if self._prepared is None or (x.requires_grad and torch.is_grad_enabled()):  # kernels keep no gradients
-            out = registry.pick("w4_linear", "ref")(flat, self._as_words(), self.spec, bias)
+        if self._computes_by(x) == "ref":
+            out = registry.pick("w4_linear", "ref")(flat, self._words(), self.spec, bias)
         else:
             out = registry.pick("w4_linear", "cpu")(flat, self._prepared, self.spec, bias, exact=self.exact)
         return out.reshape(*x.shape[:-1], self.out_features)
@@ -108,38 +94,9 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={spec.bits}, group_size={spec.group_size}"
 
     def _words(self) -> AwqGemm:
-        return AwqGemm(*(cast("Tensor", getattr(self, name)) for name in WORDS))
+        return AwqGemm(**self._form())
 
-    def _take(self, words: AwqGemm) -> None:
-        self.qweight, self.qzeros, self.scales = words
-        self._prepared = None
+    def _unpacked(self, packed: Packed) -> Mapping[str, Tensor]:
+        from tinychat_kernels import blocks
 
-    def _as_words(self) -> AwqGemm:
-        """The AWQ layout, unpacked where it is not held."""
-        return layout.from_logical(self.logical(), self.spec) if self.prepared else self._words()
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.prepared:
-            destination.update({f"{prefix}{name}": part for name, part in self._as_words()._asdict().items()})
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """A cast or a move is for the AWQ layout."""
-        if self._prepared is not None:
-            before = torch.empty(0, dtype=self._prepared.scale)
-            after = fn(before)
-            if (after.dtype, after.device) != (before.dtype, before.device):
-                self.restore()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the kernels' memory is aligned, which a copy would not be."""
-        state = dict(self.__dict__)
-        if self.prepared:
-            state["_buffers"] = {**self._buffers, **self._as_words()._asdict()}
-            state["_prepared"] = None
-        return state
+        return layout.from_logical(blocks.unpack(packed, self.spec), self.spec)._asdict()
