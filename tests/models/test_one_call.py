@@ -12,6 +12,7 @@ from models.tiny import ids, text_pair
 from torch import Tensor, nn
 
 from tinychat.layers import cpu_decoder
+from tinychat.layers.kv_cache import KVCache, KVPool
 from tinychat.layers.linear import QuantLinear
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat_kernels import cpu
@@ -64,9 +65,11 @@ class ByModules:
 
 
 def answers(model: VilaLlamaForCausalLM, tokens: Tensor, steps: Tensor) -> list[Tensor]:
-    """Logits after a prompt `[B, T]`, after one more token a row, and after each of some more."""
+    """Logits after a prompt `[B, T]`, after one more token a row, and after each of some more; the cache has the
+    model's dtype."""
+    capacity = tokens.shape[1] + steps.shape[1]
     with torch.inference_mode():
-        cache = model.make_cache(len(tokens), tokens.shape[1] + steps.shape[1])
+        cache = KVPool(model.llm.config, len(tokens), capacity, model.dtype).take(len(tokens))
         first = model.prefill(model.embed_text(tokens), cache, 0, chunk=9)
         return [first, model.decode(steps[:, :1], cache), model.verify(steps[:, 1:], cache)]
 
@@ -144,15 +147,13 @@ def test_ragged_rows_of_a_pool_do_not_change_a_bit():
     model, lengths = quantized(), [3, 30, 11]
     prompts = [ids(1, n, seed=n) for n in lengths]
     steps = ids(3, 4, seed=9)
-    from tinychat.layers.kv_cache import KVCache, KVPool
-
     with torch.inference_mode():
         alone = []
         for row, prompt in enumerate(prompts):
             cache = model.make_cache(1, 60)
             model.prefill(model.embed_text(prompt), cache, 0)
             alone.append([model.decode(steps[row : row + 1, t : t + 1], cache) for t in range(4)])
-        pool = KVPool(model.llm.config, 4, 60, model.dtype)
+        pool = KVPool(model.llm.config, 4, 60, model.make_cache().layer(0).k.dtype)
         caches = [pool.take(1) for _ in prompts]
         for prompt, cache in zip(prompts, caches, strict=True):
             model.prefill(model.embed_text(prompt), cache, 0)
@@ -163,6 +164,22 @@ def test_ragged_rows_of_a_pool_do_not_change_a_bit():
             assert torch.equal(out, torch.cat([alone[i][t] for i in order]))
             if t == 1:
                 order, joined = [order[0], order[2]], joined.select([0, 2])
+
+
+def test_the_cache_is_in_half_precision_where_activations_are_rounded(monkeypatch: pytest.MonkeyPatch):
+    """The modules read it too: an answer may go on by them."""
+    model, tokens, steps = quantized(), ids(2, 20), ids(2, 2, seed=1)
+    assert quantized(exact=True).make_cache().layer(0).k.dtype == torch.float32
+    assert text_pair("llama")[1].make_cache().layer(0).k.dtype == torch.float32
+    with torch.inference_mode():
+        cache = model.make_cache(2, 30)
+        assert cache.layer(0).k.dtype == torch.float16
+        model.prefill(model.embed_text(tokens), cache, 0)
+        ours = model.decode(steps[:, :1], cache)
+        cache.truncate(20)
+        monkeypatch.setattr(cpu_decoder.CpuDecoder, "of", classmethod(lambda cls, llm, config: None))
+        model._one_call = None
+        assert relative(model.decode(steps[:, :1], cache), ours) < 5e-3
 
 
 def test_the_weights_are_not_held_twice():

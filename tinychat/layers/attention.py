@@ -110,7 +110,7 @@ class CausalSelfAttention(nn.Module):
         q, k = rotate(q, span.cos, span.sin), rotate(k, span.cos, span.sin)
         if span.cache is not None:
             span.cache.write(self.layer, k, v, span.starts)
-            k, v = span.cache.view(self.layer, span.length)
+            k, v = (part.to(q.dtype) for part in span.cache.view(self.layer, span.length))
         out, weights = self._attend(q, k, v, span, want_weights)
         return self.o_proj(out.transpose(1, 2).reshape(rows, count, -1)), weights
 

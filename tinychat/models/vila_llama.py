@@ -137,10 +137,18 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         return cast("Tensor", self._step(ids, cache, list(cache.lengths), "every"))
 
     def make_cache(self, rows: int = 1, capacity: int | None = None) -> KVCache:
-        """An empty cache of the model's dtype; by default min(max_position_embeddings, 4096) tokens a row."""
+        """An empty cache; by default min(max_position_embeddings, 4096) tokens a row.
+
+        Its dtype is the model's, or float16 where the CPU kernels read it and round activations anyway.
+        """
         text = self.llm.config
         capacity = capacity or min(text.max_position_embeddings, OWNED_CAPACITY)
-        return KVPool(text, rows, capacity, self.dtype, self.device).take(rows)
+        return KVPool(text, rows, capacity, self._cache_dtype(), self.device).take(rows)
+
+    def _cache_dtype(self) -> torch.dtype:
+        self._choose_way()
+        rounds = self._one_call is not None and not self._one_call.kernel.exact
+        return torch.float16 if rounds and self.dtype == torch.float32 else self.dtype
 
     def _step(self, inputs: Tensor, cache: KVCache, starts: list[int], want: str) -> Tensor | None:
         """Ids `[B, T]` or embeddings `[B, T, D]` into the cache -> logits of the "last" token, "every" or "none"."""
@@ -186,11 +194,11 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         return self._owned
 
     def _owns(self, rows: int) -> bool:
-        """Whether the owned cache has so many rows, and the dtype and device that the model has now."""
+        """Whether the owned cache has so many rows, and the dtype and device that one made now would have."""
         if self._owned is None or len(self._owned) != rows:
             return False
         keys = self._owned.layer(0).k
-        return keys.dtype == self.dtype and keys.device == self.device
+        return keys.dtype == self._cache_dtype() and keys.device == self.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> VilaLlamaForCausalLM:
         self._one_call = None
