@@ -60,6 +60,7 @@ def test_what_is_no_bound_is_refused(text: str, sentence: str) -> None:
     ("text", "sentences"),
     [
         ("top1=0.9,kl=0.02,sqnr=18,ppl_ratio=1.2", []),
+        ("demo=0.5", ["demo could not be measured, it must be at least 0.5"]),
         ("top1=0.91", ["top1 is 0.9, it must be at least 0.91"]),
         ("kl=0.01,probes=0.9", ["kl is 0.02, it must be at most 0.01", "probes is 0.75, it must be at least 0.9"]),
     ],

@@ -41,13 +41,16 @@ class Bound:
     name: str
     value: float
 
-    def met(self, found: float) -> bool:
-        """Whether a value keeps to the bound; NaN does not."""
+    def met(self, found: float | None) -> bool:
+        """Whether a value keeps to the bound; NaN and none at all do not."""
+        if found is None:
+            return False
         return found >= self.value if FIGURES[self.name].at_least else found <= self.value
 
-    def sentence(self, found: float) -> str:
+    def sentence(self, found: float | None) -> str:
         rule = "at least" if FIGURES[self.name].at_least else "at most"
-        return f"{self.name} is {found:.4g}, it must be {rule} {self.value:g}"
+        there = "could not be measured" if found is None else f"is {found:.4g}"
+        return f"{self.name} {there}, it must be {rule} {self.value:g}"
 
 
 def parse(text: str) -> tuple[Bound, ...]:
@@ -81,7 +84,8 @@ def check_measured(bounds: Iterable[Bound], tasks: Iterable[str], against: bool)
 
 def shortfalls(bounds: Iterable[Bound], figures: Mapping[str, float]) -> list[str]:
     """A sentence for each bound that is not met."""
-    return [bound.sentence(figures[bound.name]) for bound in bounds if not bound.met(figures[bound.name])]
+    found = [(bound, figures.get(bound.name)) for bound in bounds]
+    return [bound.sentence(value) for bound, value in found if not bound.met(value)]
 
 
 def figures(card: Card | None, scores: Iterable[Mapping[str, Any]] = ()) -> dict[str, float]:
