@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from tinychat.config import read_config
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
 from tinychat.load import load, load_folder, load_model, quant_spec
 from tinychat.placement import Placement
-from tinychat.quantize import output
+from tinychat.quantize import output, plan
 from tinychat.quantize import run as running
 from tinychat.quantize.blocks import Blocks
 from tinychat.quantize.embedding import Embedder
@@ -156,7 +157,7 @@ def test_shards_are_found_by_their_index(models, tmp_path, monkeypatch):
     load_model(tmp_path / "out")
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_pseudo_weights_are_floats_of_few_values(models, tmp_path, bits):
     spec = QuantSpec(bits, 32)
     made(job(model(models), tmp_path / "out", method="rtn", pseudo=True, spec=spec))
@@ -396,7 +397,8 @@ def test_a_full_disk_loses_nothing(models, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_is_named(models):
-    with pytest.raises(UsageError, match=r"/dev/null/out\.partial cannot be written or read: Not a directory"):
+    sentence = r"/dev/null/out\.partial cannot be written or read: Not a directory; mend that, or give another folder"
+    with pytest.raises(UsageError, match=sentence):
         made(job(model(models), Path("/dev/null/out")))
 
 
@@ -420,6 +422,17 @@ def test_states_are_spilled_and_the_tower_streamed_where_memory_is_short(models,
     assert ample.hold and not ample.stream
     tight = Run(job(source, tmp_path / "out", max_ram=ample.ram["layers"] - 1)).plan
     assert not tight.hold
+
+
+def test_work_that_is_there_needs_no_further_disk(models, tmp_path, monkeypatch):
+    wanted = job(model(models), tmp_path / "out")
+    needed = Run(wanted).plan.disk
+    begun(wanted)
+    there = sum(path.stat().st_size for path in wanted.partial.rglob("*") if path.is_file())
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - there))
+    assert made(wanted, resume=True)["layers"]
+    with pytest.raises(CapacityError, match="are needed on the disk"):
+        made(job(model(models), tmp_path / "another"))
 
 
 def test_the_plan_knows_the_size_of_the_result(models, tmp_path):

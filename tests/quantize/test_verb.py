@@ -39,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_run_in_lines(model, tmp_path, capfd):
     assert cli.main(["quantize", model, str(tmp_path / "out"), *QUICK]) == 0
     out, err = capfd.readouterr()
-    first, about, reading, layer, busy, last, measuring, *figures = err.splitlines()
+    first, about, reading, busy, layer, last, measuring, *figures = err.splitlines()
     assert (first, reading, busy) == ("reading the model's files", "reading the calibration data", "quantizing")
     assert about.startswith("about ") and "of memory and" in about
     assert layer.startswith("layer 1 of 2: loss 0.") and " searched" in layer and last.startswith("layer 2 of 2")
@@ -125,6 +125,9 @@ def test_the_command_to_go_on_holds_what_was_given():
         (("/nope/m", "out"), 3, "there is no folder /nope/m"),
         (("MODEL", "out", "--group-size", "48"), 2, "group_size is 48"),
         (("MODEL", "out", "--method", "gptq"), 2, "--method is 'gptq'; give awq or rtn"),
+        (("MODEL", "out", "--method", "rtn", "--no-clip"), 2, "--method rtn searches nothing, and --no-clip is given"),
+        (("MODEL", "out", "--method", "rtn", "--calib", "a.txt"), 2, "and --calib is given as well; give one of the"),
+        (("MODEL", "out", "--search-results", "a.pt", "--calib-seqlen", "9"), 2, "and --calib-seqlen is given as well"),
         (("MODEL", "out", "--max-ram", "much"), 2, "--max-ram has the size 'much'; write it as 10GiB"),
         (("MODEL", "out", "--device", "cuda:99"), 2, "CUDA devices, not cuda:99"),
         (("MODEL", "out"), 3, "is not a multiple of group_size=128; choose another group size"),

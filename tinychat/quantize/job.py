@@ -105,7 +105,10 @@ class Job:
         """Raise UsageError for what would have no say beside search results."""
         usual = Options()
         idle = [f"--{name.replace('_', '-')}" for name, value in self.search.items() if value != getattr(usual, name)]
-        idle += ["--calib"] if self.calibration.sources else []
+        given, default = self.calibration, Calibration()
+        idle += ["--calib"] if given.sources else []
+        idle += ["--calib-samples"] if given.samples != default.samples else []
+        idle += ["--calib-seqlen"] if given.seqlen != default.seqlen else []
         idle += [f"--method {self.method}"] if self.method != "awq" else []
         if idle:
             message = f"search results say how weights are scaled and clipped, and {idle[0]} is given as well"
@@ -206,7 +209,10 @@ def open_job(job: Job) -> Source:
     checkpoint.compare(empty, opened.index, config.layout).check()
     for name, (rows, columns) in linears(source).items():
         try:
-            job.spec.check(in_features=columns, out_features=rows)
+            if job.pseudo:  # nothing is packed
+                job.spec.group(columns)
+            else:
+                job.spec.check(in_features=columns, out_features=rows)
         except LayoutError as error:
             raise ModelError(f"{name} cannot be quantized: {error}", "choose another group size") from error
     if given is not None:

@@ -25,7 +25,7 @@ def round_to_nearest(model: VilaLlamaForCausalLM, spec: QuantSpec) -> None:
     linears = {name: part for name, part in model.llm.model.layers.named_modules() if isinstance(part, nn.Linear)}
     for name, linear in linears.items():
         try:
-            spec.check(linear.in_features, linear.out_features)
+            spec.group(linear.in_features)
         except LayoutError as error:
             raise ModelError(f"layer {name} cannot be quantized: {error}", "choose another group size") from error
     for linear in linears.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
         device=max(block, fronts[stream], ram.get("tower", 0)) - base + planner.CUDA_CONTEXT if cuda else 0,
         device_limit=planner.free_bytes(torch.device(job.device)) if cuda else 0,
         disk=output + layer_bytes(job, source) + tower_bytes(job, source) + max(2 * states, 2 * eyes, output) + TABLES,
-        disk_limit=min(job.max_disk or 2**62, shutil.disk_usage(_existing(job.out)).free),
+        disk_limit=min(job.max_disk or 2**62, shutil.disk_usage(_existing(job.out)).free + kept_bytes(job)),
         output=output,
         seconds=seconds(job, source, data),
         hold=hold,
@@ -289,6 +290,15 @@ def output_bytes(job: Job, source: Source) -> int:
     counted = sum(_stored_bytes(source, entry) for entry in others)
     counted -= sum(_stored_bytes(source, source.index.entry(name)) for name in names)
     return counted + layer_bytes(job, source) + tower_bytes(job, source)
+
+
+def kept_bytes(job: Job) -> int:
+    """What work that was cut off holds on the disk already: it is part of what the plan asks for."""
+    found = 0
+    for path in job.partial.rglob("*"):
+        with suppress(OSError):  # another run may be at work there
+            found += path.stat().st_size if path.is_file() else 0
+    return found
 
 
 def _existing(path: Path) -> Path:

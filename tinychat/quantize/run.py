@@ -39,6 +39,7 @@ STATES = "states-"
 OUTPUT = "out"
 CARD = "card"
 LOCK = "lock"
+KEPT = "the work so far is kept: mend that, and run the same command with --resume"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -198,6 +199,8 @@ class Run:
 
     def _layers(self, work: Work, done: int, states: States | None) -> Iterator[Event]:
         blocks, spent = Blocks(self.source, torch.device(self.job.device)), list[float]()
+        if done < self.plan.layers:
+            yield Progress("", "quantize", done, self.plan.layers)  # the first layer may take minutes
         for i in range(done, self.plan.layers):
             facts, states = self._layer(work, blocks, i, states)
             spent.append(facts["seconds"])
@@ -255,9 +258,14 @@ def explained(job: Job) -> Iterator[None]:
             message = f"the disk of {job.partial} is full; the work so far is kept there"
             raise CapacityError(message, "free some of it, and run it again with --resume") from error
         message = f"{error.filename or job.partial} cannot be written or read: {error.strerror or error}"
-        raise UsageError(
-            message, "the work so far is kept: mend that, and run the same command with --resume"
-        ) from error
+        raise UsageError(message, KEPT if _begun(job) else "mend that, or give another folder to write") from error
+
+
+def _begun(job: Job) -> bool:
+    try:
+        return (job.partial / MANIFEST).is_file()
+    except OSError:
+        return False
 
 
 @contextmanager

@@ -26,12 +26,13 @@ from tinychat.quantize.run import Began, Event, LayerDone, Run, Written
 from tinychat.quantize.tower import TowerLayerDone
 from tinychat.terminal.quantizing import Board, duration
 from tinychat_kernels.errors import LayoutError
-from tinychat_kernels.layout import QuantSpec
+from tinychat_kernels.layout import PER_ROW, QuantSpec
 
 if TYPE_CHECKING:
     from tinychat.flags import QuantizeFlags
 
 Say = Callable[[str], None]
+CALIBRATION = ("calib", "calib_samples", "calib_seqlen")
 SEARCH = ("clip", "duo", "compensate", "scale_grid", "loss_tokens")
 STAGES = {
     "load": "reading the model's files",
@@ -52,6 +53,7 @@ def job_of(flags: QuantizeFlags) -> Job:
         spec = QuantSpec(flags.bits, flags.group_size, not flags.symmetric)
     except LayoutError as error:
         raise UsageError(str(error), "give other --bits or another --group-size") from error
+    _check_idle(flags)
     folder = load.resolve(flags.model, flags.revision)
     wanted = Calibration(tuple(flags.calib), flags.calib_samples, flags.calib_seqlen, flags.seed, flags.template)
     return Job(
@@ -71,6 +73,17 @@ def job_of(flags: QuantizeFlags) -> Job:
         card=flags.card,
         card_samples=flags.card_samples,
     )
+
+
+def _check_idle(flags: QuantizeFlags) -> None:
+    """Raise UsageError for what would have no say where nothing is searched."""
+    if flags.method != "rtn":
+        return
+    usual = {field.name: field.default for field in fields(flags)} | {"calib": []}
+    for name in (*CALIBRATION, *SEARCH):
+        if (value := getattr(flags, name)) != usual[name]:
+            option = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            raise UsageError(f"--method rtn searches nothing, and {option} is given as well", "give one of the two")
 
 
 def command(flags: QuantizeFlags) -> str:
@@ -222,9 +235,10 @@ def plan_text(plan: Plan, flags: QuantizeFlags) -> str:
     where = "in memory" if plan.hold else "on the disk"
     data = f"{plan.sequences} sequences, {plan.tokens:,} tokens, {plan.pictures} pictures; hidden states {where}"
     tower = ", the vision tower a layer at a time" if plan.stream else ""
+    groups = "a row a group" if flags.group_size == PER_ROW else f"in groups of {flags.group_size}"
     lines = (
         f"quantized:   {plan.linears} linears of {plan.layers} layers, {plan.weights / 1e6:,.1f} million weights, "
-        f"to {flags.bits} bits in groups of {flags.group_size}",
+        f"to {flags.bits} bits {groups}",
         f"stays:       {', '.join(plan.spared)}, embeddings and norms",
         f"calibration: {data}{tower}" if plan.sequences else "calibration: none is needed",
         f"memory:      {size(plan.peak_ram)} at most ({stages}); {size(plan.ram_limit)} are allowed or free",
