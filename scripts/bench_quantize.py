@@ -140,7 +140,7 @@ def timed(command: Sequence[str]) -> tuple[float, float]:
 def commands(model: Path, out: Path, bits: int, group: int, args: argparse.Namespace, data: Data) -> Iterator[Any]:
     """(name, command) of every quantizer."""
     ours = [sys.executable, "-m", "tinychat", "quantize", str(model), str(out), "--bits", str(bits)]
-    ours += ["--group-size", str(group), "--plain", "--pseudo"]
+    ours += ["--group-size", str(group), "--plain", "--pseudo", "--no-card"]
     yield "rtn", [*ours, "--method", "rtn"]
     yield "awq", [*ours, *data.calibration]
     for option in args.search:
