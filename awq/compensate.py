@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awq.errors import CalibrationError
 from awq.rounding import Rounding
 from tinychat_kernels.layout import Logical
 
@@ -29,14 +30,28 @@ class Dependence:
 
     @classmethod
     def of(cls, products: Tensor) -> Dependence:
-        """From the mean `[K, K]` of x x^T. Inputs that are silent count for themselves."""
+        """From the mean `[K, K]` of x x^T; silent inputs count for themselves. Raises CalibrationError for Inf, NaN."""
+        if not bool(torch.isfinite(products).all()):
+            raise CalibrationError("the squares of a linear's inputs are beyond float32", "check the model's weights")
         order = torch.argsort(torch.diagonal(products), descending=True, stable=True)
         damped = products[order[:, None], order]
         loudness = torch.diagonal(damped)
-        loudness += DAMPING * loudness.mean()
+        more = DAMPING * loudness.mean()
+        loudness += more
         loudness += (loudness == 0).to(loudness)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return cls(order, torch.linalg.cholesky(inverse, upper=True))
+        factor, failed = _inverse_factor(damped)
+        while failed:  # float32 was too coarse for inputs that depend on each other this much: trust them less
+            more = 2 * more
+            loudness += more
+            factor, failed = _inverse_factor(damped)
+        return cls(order, factor)
+
+
+def _inverse_factor(damped: Tensor) -> tuple[Tensor, bool]:
+    """The upper Cholesky factor of the inverse, and whether one of the two factorings failed."""
+    lower, first = torch.linalg.cholesky_ex(damped)
+    factor, second = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return factor, bool(first) or bool(second) or not bool(torch.isfinite(factor).all())
 
 
 def compensated(weight: Tensor, inputs: Dependence, grid: Logical, rounding: Rounding) -> Logical:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from awq.compensate import BLOCK, DAMPING, Dependence, compensated
+from awq.errors import CalibrationError
 from awq.rounding import Rounding
 from tinychat_kernels.layout import Logical, QuantSpec, dequantize
 
@@ -83,3 +84,21 @@ def test_silent_inputs_do_no_harm() -> None:
     assert output_error(found, weight, x) < output_error(nearest, weight, x)
     silent, back = rounded(weight, torch.zeros(10, 64), QuantSpec(4, 32))
     assert torch.equal(back.q, silent.q)
+
+
+def test_inputs_that_float32_cannot_tell_apart() -> None:
+    """Fewer tokens than inputs, and an error that makes the factoring fail until it is damped enough."""
+    weight, x = weights(16, 64), correlated(20, 64)
+    products = x.T @ x / len(x)
+    mean = products.diagonal().mean()
+    broken = products - 1.5 * DAMPING * mean * torch.eye(64)
+    assert bool(torch.linalg.cholesky_ex(broken + DAMPING * mean * torch.eye(64)).info)
+    rounding = Rounding(QuantSpec(4, 32), torch.float16)
+    grid = rounding.logical(weight)
+    found = compensated(weight, Dependence.of(broken), grid, rounding)
+    assert output_error(found, weight, x) < 0.5 * output_error(grid, weight, x)
+
+
+def test_inputs_beyond_float32_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="squares of a linear's inputs are beyond float32; check"):
+        Dependence.of(torch.full((4, 4), torch.inf))
