@@ -26,6 +26,7 @@ from tinychat.convert import TARGETS, convert, plan
 from tinychat.core import Finished, Image, Message, Progress, Request, StoppingParams, Text
 from tinychat.engine.engine import Engine
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
+from tinychat.eval import page
 from tinychat.load import load, load_model, open_source
 from tinychat.planner import weights_bytes
 from tinychat.quantize.run import locked
@@ -265,8 +266,12 @@ def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
 @pytest.mark.parametrize("layout", ["text", "vila"])
 def test_a_head_of_few_bits(tmp_path: Path, bits: int, layout: str):
     source = packed_folder(tmp_path / "source", GEMM, layout)
+    (source / "quality.json").write_text("{}")
+    (source / "README.md").write_text(f"# Mine\n\n{page.BEGIN}\nfigures\n{page.END}\nand more\n")
     found = convert(source, tmp_path / "out", "compressed-tensors", lm_head_bits=bits)
     assert found["lm_head_bits"] == bits
+    assert not (tmp_path / "out" / "quality.json").exists(), "it tells of another head"
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\nand more\n"
     wanted = rounded(head_of(source), bits, 32)
     off = (head_of(tmp_path / "out")[: len(wanted)] - wanted).abs() > 1e-6
     assert int(off.sum()) <= 1e-3 * off.numel()  # ties, and steps whose last bit depends on the order of computing

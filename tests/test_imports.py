@@ -55,6 +55,7 @@ ASSEMBLY = {
     "tinychat.int8_tower",
     "tinychat.repack",
     "tinychat.convert",
+    "tinychat.convert_files",
     "tinychat.quantize",
     "tinychat.planner",
     "tinychat.packing",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,16 +17,16 @@ from torch import Tensor
 from awq.save import as_os_error
 from tinychat import layouts, load
 from tinychat.checkpoint import HARMLESS, Index, compare, rename, write_safetensors
-from tinychat.config import FLOAT_TYPES, VilaConfig, read_config, read_json
+from tinychat.config import FLOAT_TYPES, VilaConfig, read_config
+from tinychat.convert_files import HEAD, write_files
 from tinychat.core import Progress
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
 from tinychat.flags import ConvertFlags
-from tinychat.hub import find_tower
 from tinychat.inputs.processor import Processor
 from tinychat.int8_tower import int8_linears
 from tinychat.pickled import write_pickle
 from tinychat.quantization import Quantization, quantization_of
-from tinychat.quantize.job import HALVES, SPARED
+from tinychat.quantize.job import HALVES
 from tinychat.quantize.output import publish
 from tinychat.quantize.run import FULL, locked
 from tinychat.repack import Computed, as_gemm, packed_linears
@@ -43,10 +41,8 @@ Report = Callable[[Progress], None]
 PARTS = tuple(AwqGemm._fields)
 LM_HEAD = "llm.lm_head.weight"
 HEADS = {4: COMPRESSED_TENSORS, 8: COMPRESSED_TENSORS_8}  # by bits
-HEAD = "vision_tower.vision_model.head."  # no computation of ours needs it, and SigLIP's config in transformers may
 ROWS = 64  # a vocabulary grows in steps of this
 GIB = 2**30
-LINEAR = re.compile(r"llm\.model\.(layers\..*_proj)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +94,11 @@ class Job:
         return packed_linears(self.index)
 
     @property
+    def rounds_head(self) -> bool:
+        """Whether the head is changed by the conversion."""
+        return self.head is not None and not isinstance(_entry(self.index, LM_HEAD), Computed)
+
+    @property
     def dtype(self) -> str:
         return str(self.index.dtype("llm.model.embed_tokens.weight")).removeprefix("torch.")
 
@@ -121,7 +122,7 @@ def convert(
     job = plan(folder, out, to, scales, lm_head_bits)
     with _beside(out) as draft:
         _write_weights(job, draft, progress)
-        _write_files(job, draft)
+        write_files(job, draft)
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     return {
         "schema": "tinychat.convert/1",
@@ -375,70 +376,3 @@ def _with_rows(job: Job, name: str, tensor: Tensor) -> Tensor:
     more = job.image.vocab_size - tensor.shape[0]
     row = job.image.filler
     return torch.cat((tensor, tensor[row : row + 1].expand(more, -1))) if more > 0 else tensor
-
-
-def _write_files(job: Job, draft: Path) -> None:
-    tower = find_tower(job.folder, job.config) if job.config.layout == "llava" else None
-    for place, path in layouts.files_to_carry(job.folder, tower, job.layout == "vila").items():
-        if place.name != "processor_config.json" or job.layout == "llava_hf":
-            shutil.copyfile(path, draft / place)
-    quantization = layouts.quantization_config(job.target.format, job.spec, _spared(job), job.layout, job.head)
-    if job.layout == "vila":
-        _write_vila_configs(job, draft, quantization)
-    else:
-        _write_root_config(job, draft, quantization)
-    if job.image is not None:
-        _write_words_of_pictures(job, draft, job.image)
-
-
-def _spared(job: Job) -> list[str]:
-    """The modules that stay in 16 bit; linears of the decoder among them, named from `layers` on as all programs do."""
-    return [*SPARED[job.layout], *(match[1] for name in job.index.names() if (match := LINEAR.fullmatch(name)))]
-
-
-def _write_vila_configs(job: Job, draft: Path, quantization: Json | None) -> None:
-    said = {"quantization_config": quantization} if quantization else {}
-    for part in layouts.VILA_PARTS:
-        fields = layouts.part_config(job.config, part)
-        _write_json(draft / part / "config.json", {**fields, **said} if part == "llm" else fields)
-    if job.config.layout != "vila":
-        root = layouts.vila_config(job.config, job.dtype)
-    else:
-        root = _without_quantization(read_json(job.folder / "config.json"))
-        root |= {key: part for part, key in layouts.VILA_PARTS.items() if isinstance(root.get(key), dict)}
-    _write_json(draft / "config.json", {**root, **said})
-
-
-def _write_root_config(job: Job, draft: Path, quantization: Json | None) -> None:
-    said = {"quantization_config": quantization} if quantization else {}
-    if job.image is None:
-        root = _without_quantization(read_json(job.folder / "config.json"))
-    else:
-        head = any(name.startswith(HEAD) for name in job.index.names())
-        root = layouts.llava_config(job.config, job.image.id, job.image.vocab_size, head, job.dtype)
-    _write_json(draft / "config.json", {**root, **said})
-
-
-def _without_quantization(root: Json) -> Json:
-    """A config that says nothing of it, at no level."""
-    kept = {key: value for key, value in root.items() if key not in ("quantization_config", "compression_config")}
-    return {key: _without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def _write_words_of_pictures(job: Job, draft: Path, image: ImageToken) -> None:
-    """What a processor of transformers reads, and a tokenizer that has the image token."""
-    from tokenizers import AddedToken
-
-    words = Processor.from_folder(job.folder, job.config)
-    tokenizer, pictures = cast("Any", words.tokenizer), cast("Any", words.image_processor)
-    if tokenizer.get_added_vocab().get(job.config.image_token) != image.id:
-        tokenizer.add_tokens([AddedToken(job.config.image_token, special=True, normalized=False)])
-        tokenizer.save_pretrained(draft)
-    stored = draft / layouts.OF_PICTURES[0]
-    raw = read_json(stored) if stored.is_file() else pictures.to_dict()
-    _write_json(stored, layouts.preprocessor_config(raw, job.config))
-    _write_json(draft / "processor_config.json", layouts.processor_config(job.config))
-
-
-def _write_json(path: Path, value: Json) -> None:
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")

@@ -228,6 +228,14 @@ def with_part(readme: str, part: str) -> str:
     return before + part.rstrip("\n") + after
 
 
+def remove(folder: Path) -> None:
+    """Take a card out of a folder, if it has one: what it measured is not what lies there."""
+    (folder / FILE).unlink(missing_ok=True)
+    before, begin, rest = _readme(folder).partition(BEGIN)
+    if begin:
+        _replace(folder / README, before.rstrip() + "\n" + rest.partition(END)[2].lstrip("\n"))
+
+
 def write(card: Card, folder: Path) -> None:
     """quality.json, and the part of README.md; each file is replaced at once, or not at all."""
     try:
