@@ -105,7 +105,7 @@ def subject(source: load.Source) -> Subject:
 
 @torch.inference_mode()
 def by_ours(source: load.Source, dtype: torch.dtype, what: Subject, steps: int) -> Greedy:
-    model = load.assemble(source, load.Placement(dtype, "cpu"))
+    model = load.assemble(source, load.Placement(dtype, "cpu", exact=True, head="float"))
     features = [] if what.pixels is None else list(model.encode_images(what.pixels.to(dtype)))
     slots = [(what.start, what.end)] if features else []
     cache = model.make_cache(1, what.ids.shape[1] + steps)
@@ -235,7 +235,8 @@ def verify(name: str, args: argparse.Namespace) -> tuple[bool | None, list[Row]]
     rows = list(config_rows(config))
     rows.append(("weights", f"4-bit AWQ, groups of {spec.group_size}" if spec else "float"))
     packed = {rename(name, config.layout) for name in load.packed_linears(index)}
-    report = compare(load.empty_model(config, torch.float32, spec, packed), index, config.layout)
+    int8 = load.int8_linears(config, index.renamed(config.layout))
+    report = compare(load.empty_model(config, torch.float32, spec, packed, int8), index, config.layout)
     rows += key_rows(report, len(index.names()))
     wrong = report.missing or report.unexpected or report.duplicate or report.misshapen
     good = False if wrong else None
