@@ -72,7 +72,11 @@ class Sketch:
 class Moments:
     """Sums over the inputs `[T, K]` of a linear: mean magnitudes, and what its error is for any change of weights."""
 
-    def __init__(self, features: int, width: int, rows: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, features: int, width: int, rows: int, seed: int, device: torch.device, pairs: bool = False
+    ) -> None:
+        """`pairs`: sums of the products of all inputs are kept as well, however many there are."""
+
         def form(groups: int, size: int) -> Gram | Sketch:
             if size <= rows:
                 return Gram(groups, size, device)
@@ -82,13 +86,15 @@ class Moments:
         self.magnitude = torch.zeros(features, device=device)
         self.whole = form(1, features)
         self.grouped = form(features // width, width) if width < features else self.whole
+        needed = pairs and not isinstance(self.whole, Gram)
+        self.pairs = Gram(1, features, device) if needed else self.whole
 
     def add(self, x: Tensor) -> None:
         """x `[..., K]`."""
         x = x.detach().flatten(0, -2).float()
         self.count += len(x)
         self.magnitude += x.abs().sum(0)
-        for form in {id(form): form for form in (self.whole, self.grouped)}.values():
+        for form in {id(form): form for form in (self.whole, self.grouped, self.pairs)}.values():
             form.add(x.unflatten(1, _shape(form)))
 
     def mean_magnitude(self) -> Tensor:
@@ -100,9 +106,9 @@ class Moments:
         return self.grouped.error(delta) / self.count
 
     def products(self, scale: Tensor) -> Tensor:
-        """`[K, K]`: mean of x x^T of the inputs divided by scale `[K]`. Only where `rows` held all inputs."""
-        assert isinstance(self.whole, Gram)
-        return self.whole.total[0] / (scale[:, None] * scale).mul_(self.count)
+        """`[K, K]`: mean of x x^T of the inputs divided by scale `[K]`. Only with `pairs`."""
+        assert isinstance(self.pairs, Gram)
+        return self.pairs.total[0] / (scale[:, None] * scale).mul_(self.count)
 
     def error(self, delta: Tensor) -> float:
         """[N, K] -> mean square of the output's change when the weights change by delta."""

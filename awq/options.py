@@ -21,8 +21,7 @@ class Options:
     duo: scales weigh the weights' magnitudes against the activations' (x^r / w^(1-r))
     compensate: what rounding an input does is taken back by those not rounded yet (GPTQ, arXiv 2210.17323)
     loss_tokens: whole sequences of about so many tokens judge the modules that must be run; None = all of them
-    sketch_rows: rows that stand for all tokens where a linear has more inputs than that (see awq.calibrate.Sketch);
-        compensate does without
+    sketch_rows: rows that stand for all tokens where a linear has more inputs than that (see awq.calibrate.Sketch)
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)

@@ -107,8 +107,8 @@ def _prepare(block: nn.Module, recipe: Recipe, options: Options, seed: int) -> t
         width = _group(name, linear, options)
         shared = inputs_of.get(name, name)
         if shared not in sums:
-            rows = linear.in_features if options.compensate else options.sketch_rows
-            sums[shared] = Moments(linear.in_features, width, rows, seed, linear.weight.device)
+            size, place = (linear.in_features, width, options.sketch_rows), linear.weight.device
+            sums[shared] = Moments(*size, seed, place, pairs=options.compensate)
         clips = options.clip and name not in recipe.unclipped
         layers[name] = Layer(name, linear, linear.weight.detach(), sums[shared], clips)
     return layers, rounding

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from awq.calibrate import Moments, collect
+from awq.calibrate import Moments, Sketch, collect
 from awq.errors import CalibrationError
 
 CPU = torch.device("cpu")
@@ -103,3 +103,14 @@ def test_the_sample_outlives_inputs_that_emit_overwrites() -> None:
 def test_bad_inputs_are_refused_by_name(inputs: list[Tensor], sentence: str) -> None:
     with pytest.raises(CalibrationError, match=sentence):
         gather(inputs)
+
+
+def test_products_of_pairs_are_exact_beside_a_sketch() -> None:
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(2))
+    sums = Moments(64, 32, 16, 0, CPU, pairs=True)
+    for piece in x.split(20):
+        sums.add(piece)
+    scale = torch.linspace(0.5, 2, 64)
+    expected = (x / scale).T @ (x / scale) / 50
+    assert torch.allclose(sums.products(scale), expected, atol=1e-5)
+    assert isinstance(sums.whole, Sketch)

@@ -182,10 +182,11 @@ def _search_bytes(job: Job, source: Source, longest: int) -> int:
     """Sums over the tokens, the sequences that modules are run on, and one pass of a sequence through the layer."""
     text, options = source.config.text, job.search_options()
     heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
-    widths, kept = _widths(source), 2**62 if options.compensate else options.sketch_rows
-    sums = sum(width * (min(width, kept) + job.spec.group(width)) for width in [*widths, text.hidden_size])
+    widths = _widths(source)
+    inputs = [*widths, text.hidden_size]
+    sums = sum(width * (min(width, options.sketch_rows) + job.spec.group(width)) for width in inputs)
     if options.compensate:
-        sums += INVERTED * max(widths) ** 2
+        sums += sum(width**2 for width in inputs if width > options.sketch_rows) + INVERTED * max(widths) ** 2
     sample = (options.loss_tokens or 2**62) + longest
     sample = min(sample, job.calibration.samples * longest) * 8 * text.hidden_size
     passing = longest * (6 * text.hidden_size + 2 * heads + 4 * text.intermediate_size)
