@@ -335,6 +335,17 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert "again holds" in out and "as compressed-tensors: 14 4-bit linears, " in out
 
 
+def test_the_home_folder_may_be_a_tilde(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    packed_folder(tmp_path / "source", GEMM)
+    monkeypatch.chdir(tmp_path / "source")
+    assert command(capfd, "~/source", "~/out", "--to", "awq-gemm")[0] == 0
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "source" / "~").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
@@ -453,7 +464,7 @@ def test_nothing_is_written_over(tmp_path: Path):
 def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CapacityError, match=r"GiB are needed on the disk of .*, 0\.0 GiB are free"):
+    with pytest.raises(CapacityError, match=r"^\d+\.\d KiB are needed on the disk of .*, 1\.0 KiB are free"):
         plan(text(tmp_path), tmp_path / "deep" / "out", "awq-gemm")
 
 

@@ -28,6 +28,7 @@ from tinychat.pickled import write_pickle
 from tinychat.quantization import Quantization, quantization_of
 from tinychat.quantize.job import HALVES
 from tinychat.quantize.output import publish
+from tinychat.quantize.plan import size
 from tinychat.quantize.run import FULL, locked
 from tinychat.repack import Computed, as_gemm, packed_linears
 from tinychat.weight_files import Entry
@@ -42,7 +43,6 @@ PARTS = tuple(AwqGemm._fields)
 LM_HEAD = "llm.lm_head.weight"
 HEADS = {4: COMPRESSED_TENSORS, 8: COMPRESSED_TENSORS_8}  # by bits
 ROWS = 64  # a vocabulary grows in steps of this
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +142,15 @@ def convert(
 def perform(folder: Path, flags: ConvertFlags, progress: Report) -> Json:
     """The verb: what `convert` says of what the flags ask for."""
     scales = FLOAT_TYPES[load.SHORT[flags.scales]] if flags.scales else None
-    bits, out = flags.lm_head_bits, Path(flags.out or "")
+    bits, out = flags.lm_head_bits, Path(flags.out or "").expanduser()
     return convert(folder, out, flags.to or "", scales=scales, lm_head_bits=bits, progress=progress)
 
 
 def sentence(found: Json) -> str:
     """What was done, for people."""
-    size = f"{found['linears']} 4-bit linears, {found['bytes'] / 2**20:,.1f} MiB"
+    what = f"{found['linears']} 4-bit linears, {size(found['bytes'])}"
     head = f"; its head has {found['lm_head_bits']} bits" if found["lm_head_bits"] != 16 else ""
-    return f"{found['out']} holds {found['model']} as {found['to']}: {size}, q, scales and zero points unchanged{head}"
+    return f"{found['out']} holds {found['model']} as {found['to']}: {what}, q, scales and zero points unchanged{head}"
 
 
 def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None, lm_head_bits: int | None = None) -> Job:
@@ -245,7 +245,7 @@ def _check_space(job: Job, out: Path) -> None:
     home = next(parent for parent in out.absolute().parents if parent.is_dir())
     needed = job.index.total_bytes * (2 if job.target.format is LLM_AWQ_V2 else 1)
     if (free := shutil.disk_usage(home).free) < needed:
-        message = f"{needed / GIB:.1f} GiB are needed on the disk of {home}, {free / GIB:.1f} GiB are free"
+        message = f"{size(needed)} are needed on the disk of {home}, {size(free)} are free"
         raise CapacityError(message, "free some, or give a folder on another disk")
 
 
