@@ -50,7 +50,8 @@ def job(folder: Path, out: Path, **changes: Any) -> Job:
         "calibration": Calibration(samples=2, seqlen=24),
         "card_samples": 1,
     }
-    return Job(folder, out, **(quick | changes))
+    wanted = quick | changes
+    return Job(folder, out, **(wanted if wanted.get("card", True) else wanted | {"card_samples": None}))
 
 
 def run(wanted: Job, resume: bool = False) -> list[Event]:
@@ -191,17 +192,25 @@ def test_a_card_that_cannot_be_made_costs_no_checkpoint(
 
     monkeypatch.setattr(divergence, "check_finite", refuse)
     wanted = job(models["text"], tmp_path / "out")
-    sentence = "the quality card cannot be made: the model gives NaN; check its weights; or have .* --resume --no-card"
+    sentence = (
+        "the quality card cannot be made: the model gives NaN; check its weights; or have the checkpoint without a "
+        "card, by the same command with --resume, and with --no-card in place of --card-samples$"
+    )
     with pytest.raises(ModelError, match=sentence):
         run(wanted)
     assert not wanted.out.exists() and wanted.partial.exists()
-    run(replace(wanted, card=False), resume=True)
+    run(replace(wanted, card=False, card_samples=None), resume=True)
     assert wanted.out.exists() and not (wanted.out / "quality.json").exists()
 
 
 def test_too_few_samples_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--card-samples is 0; give 1 or more, or --no-card"):
         job(models["text"], tmp_path / "out", card_samples=0)
+
+
+def test_samples_of_no_card_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--no-card makes no card, and --card-samples 2 is given as well; give one of"):
+        Job(models["text"], tmp_path / "out", card=False, card_samples=2)
 
 
 def test_the_set_suits_the_model(models: dict[str, Path], tmp_path: Path) -> None:

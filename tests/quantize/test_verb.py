@@ -128,6 +128,7 @@ def test_the_command_to_go_on_holds_what_was_given():
         (("MODEL", "out", "--method", "rtn", "--no-clip"), 2, "--method rtn searches nothing, and --no-clip is given"),
         (("MODEL", "out", "--method", "rtn", "--calib", "a.txt"), 2, "and --calib is given as well; give one of the"),
         (("MODEL", "out", "--search-results", "a.pt", "--calib-seqlen", "9"), 2, "and --calib-seqlen is given as well"),
+        (("MODEL", "out", "--no-card", "--card-samples", "2"), 2, "--no-card makes no card, and --card-samples 2 is"),
         (("MODEL", "out", "--max-ram", "much"), 2, "--max-ram has the size 'much'; write it as 10GiB"),
         (("MODEL", "out", "--device", "cuda:99"), 2, "CUDA devices, not cuda:99"),
         (("MODEL", "out"), 3, "is not a multiple of group_size=128; choose another group size"),

@@ -96,10 +96,17 @@ class Job:
         if self.spec.bits != 4 and not self.pseudo:
             message = f"no checkpoint of the awq format holds {self.spec.bits}-bit weights"
             raise UsageError(message, "give --bits 4, or --pseudo for 16-bit weights that stand for them")
-        if self.card_samples is not None and self.card_samples < 1:
-            raise UsageError(f"--card-samples is {self.card_samples}", "give 1 or more, or --no-card")
+        if self.card_samples is not None:
+            self._check_samples(self.card_samples)
         if self.out.exists() and self.out.resolve() == self.folder.resolve():
             raise UsageError(f"{self.out} is the model itself", "give another folder to write")
+
+    def _check_samples(self, samples: int) -> None:
+        if samples < 1:
+            raise UsageError(f"--card-samples is {samples}", "give 1 or more, or --no-card")
+        if not self.card:
+            message = f"--no-card makes no card, and --card-samples {samples} is given as well"
+            raise UsageError(message, "give one of the two")
 
     def _check_given(self) -> None:
         """Raise UsageError for what would have no say beside search results."""

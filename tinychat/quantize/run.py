@@ -158,9 +158,10 @@ class Run:
                     self._log(event.text)
                 yield event
         except TinychatError as error:
-            remedy = (
-                f"{error.remedy}; or have the checkpoint without a card, by the same command with --resume --no-card"
-            )
+            flags = "--resume --no-card"
+            if self.job.card_samples is not None:
+                flags = "--resume, and with --no-card in place of --card-samples"
+            remedy = f"{error.remedy}; or have the checkpoint without a card, by the same command with {flags}"
             raise type(error)(f"the quality card cannot be made: {error.message}", remedy) from error
         work.commit({}, card_s=time.perf_counter() - start)
 
