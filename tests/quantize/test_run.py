@@ -1,86 +1,36 @@
-"""From folder to folder: what the result computes, how work is resumed, and how runs are refused."""
+"""From folder to folder: what the result computes, and how runs are refused."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from quantize_runs import LAYERS, begun, job, made, model
 from same import assert_same
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from awq import save
 from awq.quantize import quantize_block
 from awq.recipes import recipe_for
 from make_tiny_model import make_tiny_model
 from tinychat.checkpoint import Index, write_safetensors
 from tinychat.config import read_config
-from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
+from tinychat.errors import ModelError, TinychatError, UsageError
 from tinychat.load import load, load_folder, load_model, quant_spec
 from tinychat.placement import Placement
-from tinychat.quantize import output, plan
+from tinychat.quantize import output
 from tinychat.quantize import run as running
 from tinychat.quantize.blocks import Blocks
 from tinychat.quantize.embedding import Embedder
-from tinychat.quantize.facts import FACTS, for_card
-from tinychat.quantize.job import Calibration, Job
-from tinychat.quantize.run import Began, LayerDone, Run, Written
+from tinychat.quantize.facts import for_card
+from tinychat.quantize.run import Run, Written
 from tinychat_kernels.layout import QuantSpec
 
-SPEC = QuantSpec(group_size=32)
-QUICK = {"scale_grid": 3, "clip_grid": 4, "loss_tokens": 64}
-LAYERS = 3
 FAMILIES = [("text", family) for family in ("llama", "mistral", "qwen2")] + [
     (layout, "llama") for layout in ("llava_hf", "vila", "llava")
 ]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny models by layout and family, made when first asked for."""
-    return tmp_path_factory.mktemp("models")
-
-
-def model(models: Path, layout: str = "text", family: str = "llama", **changes: Any) -> Path:
-    folder = models / f"{layout}-{family}-{len(changes)}"
-    if not folder.exists():
-        make_tiny_model(folder, layout, **({"dtype": "float16", "text": family, "layers": LAYERS} | changes))
-    return folder
-
-
-def job(folder: Path, out: Path, **changes: Any) -> Job:
-    quick: dict[str, Any] = {
-        "spec": SPEC,
-        "search": QUICK,
-        "calibration": Calibration(samples=3, seqlen=40),
-        "card": False,
-    }
-    return Job(folder, out, **(quick | changes))
-
-
-def made(wanted: Job, resume: bool = False) -> dict[str, Any]:
-    """Runs a job to its end and gives the facts."""
-    *_, end = Run(wanted).events(resume)
-    assert isinstance(end, Written)
-    return end.facts
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of a checkpoint's files; of the facts what does not depend on the hour."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    found.pop(output.LOG)
-    facts = json.loads(found.pop(FACTS))
-    return {**found, "facts": json.dumps({**facts, "wall_s": 0, "peak_ram": 0}).encode()}
 
 
 # What the result computes
@@ -88,7 +38,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("layout", "family"), FAMILIES)
 def test_the_checkpoint_is_the_model_quantized_in_memory(models, tmp_path, layout, family):
-    wanted = job(model(models, layout, family), tmp_path / "out")
+    wanted = job(model(models, layout, text=family), tmp_path / "out")
     run = Run(wanted)
     *_, end = run.events()
     assert isinstance(end, Written) and sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -200,143 +150,6 @@ def test_the_float_checkpoint_is_read_by_transformers(models, tmp_path):
         assert_same(ours(ids).logits, theirs(ids).logits)
 
 
-# Resuming
-
-
-class Cut(BaseException):
-    """The process is gone: nothing of ours may catch it."""
-
-
-def test_cut_off_at_every_file_the_result_is_the_same(models, tmp_path, monkeypatch):
-    source = model(models)
-    made(job(source, tmp_path / "whole"))
-    wanted = replace(job(source, tmp_path / "out"))
-    sync, left = save.sync, [0]
-
-    def cut(path: Path) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise Cut
-        sync(path)
-
-    monkeypatch.setattr(save, "sync", cut)
-    monkeypatch.setattr(output, "sync", cut)
-    for count in range(1, 400):  # each attempt gets one file further than the one before
-        left[0] = count
-        try:
-            made(wanted, resume=True)
-            break
-        except Cut:
-            assert not wanted.out.exists() or (wanted.out / FACTS).exists()
-    assert count > 5
-    assert content(wanted.out) == content(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-
-
-def spawn(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tinychat", "quantize", str(source), str(out), "--group-size", "32", "--json"]
-    command += ["--calib-samples", "3", "--calib-seqlen", "40", "--resume", "--threads", "1"]
-    command += ["--card-samples", "1", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_layers(child: subprocess.Popen[str], count: int) -> None:
-    assert child.stdout is not None
-    while count and (line := child.stdout.readline()):
-        count -= json.loads(line)["event"] == "layer"
-
-
-def kill_and_resume(source: Path, folder: Path, kills: int, number: int) -> None:
-    """Kills the command where layers are being done, again and again; then lets it finish, twice over."""
-    chance = random.Random(number)
-    with spawn(source, folder / "whole") as child:
-        assert child.wait() == 0, child.communicate()[1]
-    for _ in range(kills):
-        with spawn(source, folder / "out") as child:
-            wait_for_layers(child, chance.randrange(2))
-            time.sleep(chance.random() / 4)
-            child.send_signal(signal.SIGKILL)
-    with spawn(source, folder / "out") as child:
-        _, errors = child.communicate()
-        assert child.returncode == 0, errors
-    assert content(folder / "out") == content(folder / "whole")
-
-
-@pytest.mark.timeout(900)
-def test_killed_for_good_it_goes_on(models, tmp_path):
-    kill_and_resume(model(models, layers=5), tmp_path, 2, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_killed_ten_times_it_goes_on(models, tmp_path):
-    kill_and_resume(model(models, "vila", layers=8), tmp_path, 10, 1)
-
-
-def test_states_on_the_disk_give_the_same_as_states_in_memory(models, tmp_path):
-    source = model(models, "vila")
-    made(job(source, tmp_path / "memory"))
-    run = Run(job(source, tmp_path / "disk"))
-    run.plan = replace(run.plan, hold=False, stream=True)
-    assert isinstance([*run.events()][-1], Written)
-    assert content(tmp_path / "memory") == content(tmp_path / "disk")
-
-
-def begun(wanted: Job, layers: int = 1) -> None:
-    """Work that was stopped after some layers."""
-    events = Run(wanted).events()
-    for event in events:
-        if isinstance(event, LayerDone) and event.index + 1 == layers:
-            break
-    events.close()  # type: ignore[attr-defined]  # a generator
-
-
-def test_a_result_that_stands_is_not_made_again(models, tmp_path):
-    wanted = job(model(models), tmp_path / "out", method="rtn")
-    facts = made(wanted)
-    events = [*Run(wanted).events(resume=True)]
-    assert not [event for event in events if isinstance(event, Began | LayerDone)]
-    assert events[-1] == Written(wanted.out, facts)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"spec": QuantSpec(group_size=64)}, "options: group_size was 32 and is 64"),
-        ({"calibration": Calibration(samples=2, seqlen=40)}, "calibration was "),
-        ({"search": {**QUICK, "clip": False}}, "options: clip was True and is False"),
-        ({"method": "rtn"}, "options: method was awq and is rtn"),
-    ],
-)
-def test_other_options_are_not_mixed_in(models, tmp_path, changes, sentence):
-    wanted = job(model(models), tmp_path / "out")
-    begun(wanted)
-    with pytest.raises(UsageError, match=f"was begun with something else: .*{sentence}"):
-        made(replace(wanted, **changes), resume=True)
-    assert len(Run(wanted).source.index.names()) and (wanted.partial / save.MANIFEST).exists()
-
-
-def test_another_model_is_not_mixed_in(models, tmp_path):
-    source = shutil.copytree(model(models), tmp_path / "model")
-    wanted = job(source, tmp_path / "out")
-    begun(wanted)
-    index = Index.of(source)
-    tensors = {name: index.get(name).clone() for name in index.names()}
-    tensors["model.norm.weight"] += 1
-    write_safetensors(tensors.items(), source)
-    with pytest.raises(UsageError, match=r"model: model\.safetensors was [0-9a-f]{12}\.\.\. and is [0-9a-f]{12}\.\.\."):
-        made(wanted, resume=True)
-
-
-def test_damaged_work_is_refused(models, tmp_path):
-    wanted = job(model(models), tmp_path / "out")
-    begun(wanted)
-    with (wanted.partial / "block-00000.safetensors").open("r+b") as file:
-        file.write(b"x")
-    with pytest.raises(UsageError, match=r"block-00000\.safetensors \(block-00000\) is missing or damaged; delete "):
-        made(wanted, resume=True)
-
-
 # Refusals
 
 
@@ -380,76 +193,10 @@ def test_weights_that_are_no_numbers_are_named(models, tmp_path, method):
         made(job(source, tmp_path / "out", method=method))
 
 
-def test_a_full_disk_loses_nothing(models, tmp_path, monkeypatch):
-    resource = pytest.importorskip("resource")
-    wanted, whole = (job(model(models), tmp_path / name) for name in ("out", "whole"))
-    made(whole)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, before[1]))  # a layer's file is larger than that
-    try:
-        with pytest.raises(CapacityError, match=r"the disk of .*out\.partial is full; the work so far is kept there"):
-            made(wanted)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not wanted.out.exists()
-    made(wanted, resume=True)
-    assert content(wanted.out) == content(whole.out)
-
-
 def test_a_folder_that_cannot_be_written_is_named(models):
     sentence = r"/dev/null/out\.partial cannot be written or read: Not a directory; mend that, or give another folder"
     with pytest.raises(UsageError, match=sentence):
         made(job(model(models), Path("/dev/null/out")))
-
-
-# The plan
-
-
-def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(models, tmp_path):
-    source = model(models)
-    for limit, sentence in (
-        ({"max_ram": 2**20}, r"of memory are needed and 1\.0 MiB are allowed or free"),
-        ({"max_disk": 2**10}, r"are needed on the disk of .*, 1\.0 KiB are allowed or free"),
-    ):
-        with pytest.raises(CapacityError, match=sentence):
-            made(job(source, tmp_path / "out", **limit))
-    assert not [*tmp_path.iterdir()]
-
-
-def test_states_are_spilled_and_the_tower_streamed_where_memory_is_short(models, tmp_path):
-    source = model(models, "vila")
-    ample = Run(job(source, tmp_path / "out")).plan
-    assert ample.hold and not ample.stream
-    tight = Run(job(source, tmp_path / "out", max_ram=ample.ram["layers"] - 1)).plan
-    assert not tight.hold
-
-
-def test_work_that_is_there_needs_no_further_disk(models, tmp_path, monkeypatch):
-    wanted = job(model(models), tmp_path / "out")
-    needed = Run(wanted).plan.disk
-    begun(wanted)
-    there = sum(path.stat().st_size for path in wanted.partial.rglob("*") if path.is_file())
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - there))
-    assert made(wanted, resume=True)["layers"]
-    with pytest.raises(CapacityError, match="are needed on the disk"):
-        made(job(model(models), tmp_path / "another"))
-
-
-def test_the_plan_knows_the_size_of_the_result(models, tmp_path):
-    wanted = job(model(models, "vila"), tmp_path / "out")
-    run = Run(wanted)
-    *_, _end = run.events()
-    weights = sum(path.stat().st_size for path in wanted.out.rglob("*.safetensors"))
-    assert abs(weights - run.plan.output) < 0.05 * weights + 20_000
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_run_keeps_to_the_plan(capfd):
-    import bench_quantize_memory
-
-    code = bench_quantize_memory.main(["--hidden-size", "512", "--intermediate-size", "1536", "--tokens", "1024"])
-    assert code == 0, capfd.readouterr().out
 
 
 def test_errors_are_ours(models, tmp_path):

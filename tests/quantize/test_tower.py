@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from int8_folders import int8_folder
+from quantize_runs import content, cut_off_at_every_file, made, spawn
+from quantize_runs import job as quick_job
+from quantize_runs import model as tiny
 from safetensors.torch import load_file, save_file
 
 from awq import save
@@ -21,53 +23,24 @@ from make_tiny_model import make_tiny_model
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.int8_linear import Int8Linear
 from tinychat.load import load_model, open_source
-from tinychat.quantize import output, verb
 from tinychat.quantize import run as running
+from tinychat.quantize import verb
 from tinychat.quantize.embedding import Embedder
-from tinychat.quantize.facts import FACTS
 from tinychat.quantize.job import Calibration, Job
 from tinychat.quantize.run import LayerDone, Run, Written
 from tinychat.quantize.tower import TowerLayerDone, TowerStage, with_tower
 from tinychat_kernels.int8 import quantize_rows
-from tinychat_kernels.layout import QuantSpec
 
-SPEC = QuantSpec(group_size=32)
-QUICK = {"scale_grid": 2, "clip_grid": 2, "loss_tokens": 64}
 TOWER_LAYERS = 3
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tiny models, made when first asked for."""
-    return tmp_path_factory.mktemp("models")
-
-
 def model(models: Path, layout: str = "vila", **shape: Any) -> Path:
-    folder = models / "-".join([layout, *(f"{name}={value}" for name, value in shape.items())])
-    if not folder.exists():
-        make_tiny_model(folder, layout, dtype="float16", **shape)
-    return folder
+    return tiny(models, layout, **shape)
 
 
 def job(folder: Path, out: Path, **changes: Any) -> Job:
-    quick: dict[str, Any] = {"spec": SPEC, "search": QUICK, "calibration": Calibration(samples=3, seqlen=40)}
-    return Job(folder, out, **(quick | {"vision": "w8a8", "card": False} | changes))
-
-
-def made(wanted: Job, resume: bool = False) -> dict[str, Any]:
-    """Runs a job to its end and gives the facts."""
-    *_, end = Run(wanted).events(resume)
-    assert isinstance(end, Written)
-    return end.facts
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of a checkpoint's files; of the facts what does not depend on the hour."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    found.pop(output.LOG)
-    facts = json.loads(found.pop(FACTS))
-    return {**found, "facts": json.dumps({**facts, "wall_s": 0, "peak_ram": 0}).encode()}
+    return quick_job(folder, out, **({"vision": "w8a8"} | changes))
 
 
 def tower_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -211,53 +184,30 @@ def test_sixteen_bits_are_the_default(models, tmp_path):
 # Resuming
 
 
-class Cut(BaseException):
-    """The process is gone: nothing of ours may catch it."""
-
-
 def test_cut_off_at_every_file_the_result_is_the_same(models, tmp_path, monkeypatch):
     source = model(models, layers=1, vision_layers=2)
     made(job(source, tmp_path / "whole"))
     wanted = job(source, tmp_path / "out")
-    sync, left = save.sync, [0]
-
-    def cut(path: Path) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise Cut
-        sync(path)
-
-    monkeypatch.setattr(save, "sync", cut)
-    for count in range(1, 400):  # each attempt gets one file further than the one before
-        left[0] = count
-        try:
-            made(wanted, resume=True)
-            break
-        except Cut:
-            assert not wanted.out.exists()
-    assert count > 8  # more than the files of one layer
+    assert cut_off_at_every_file(wanted, monkeypatch) > 8  # more than the files of one layer
     assert content(wanted.out) == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def spawn(source: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tinychat", "quantize", str(source), str(out), "--group-size", "32", "--json"]
-    command += ["--calib-samples", "3", "--calib-seqlen", "40", "--scale-grid", "2", "--vision", "w8a8"]
-    command += ["--resume", "--threads", "1", "--no-card"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def to_kill(source: Path, out: Path) -> subprocess.Popen[str]:
+    return spawn(source, out, "--scale-grid", "2", "--vision", "w8a8", "--no-card")
 
 
 @pytest.mark.timeout(600)
 def test_killed_in_the_tower_it_goes_on(models, tmp_path):
     source = model(models, layers=1)
-    with spawn(source, tmp_path / "whole") as child:
+    with to_kill(source, tmp_path / "whole") as child:
         assert child.wait() == 0, child.communicate()[1]
-    with spawn(source, tmp_path / "out") as child:
+    with to_kill(source, tmp_path / "out") as child:
         assert child.stdout is not None
         while json.loads(child.stdout.readline())["event"] != "tower_layer":
             pass
         child.send_signal(signal.SIGKILL)
-    with spawn(source, tmp_path / "out") as child:
+    with to_kill(source, tmp_path / "out") as child:
         printed, errors = child.communicate()
         assert child.returncode == 0, errors
     kinds = [json.loads(line)["event"] for line in printed.splitlines()]
