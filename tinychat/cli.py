@@ -203,15 +203,11 @@ def evaluate(flags: EvalFlags, model: ModelFlags) -> int:
 @with_flags
 def quantize(flags: QuantizeFlags) -> int:
     """Make a 4-bit checkpoint of a model, a layer at a time, within a memory limit, resumable."""
-    import torch
-
     from tinychat.quantize import verb
     from tinychat.terminal.answers import is_plain
     from tinychat.terminal.quantizing import make_board
 
     _checked_device(flags.device)
-    if flags.threads is not None:
-        torch.set_num_threads(flags.threads)
     return verb.perform(flags, make_board(sys.stderr, is_plain(sys.stderr, flags.plain)), _say)
 
 

@@ -305,7 +305,14 @@ class QuantizeFlags:
         str | None, typer.Option(help="Memory to use, such as 6GiB.", show_default="nine tenths of what is free")
     ] = None
     max_disk: Annotated[str | None, typer.Option(help="Disk to use.", show_default="what is free")] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="torch decides")] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads. The last bits depend on them: --resume takes as many as before, and no others.",
+            min=1,
+            show_default="torch decides",
+        ),
+    ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False
     resume: Annotated[bool, typer.Option("--resume", help="Go on with work that was cut off.")] = False
     plain: Plain = False

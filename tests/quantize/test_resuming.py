@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from quantize_runs import LAYERS, QUICK, begun, content, cut_off_at_every_file, job, made, model, spawn
 
 from awq import save
@@ -96,6 +97,30 @@ def test_other_options_are_not_mixed_in(models, tmp_path, changes, sentence):
     with pytest.raises(UsageError, match=f"was begun with something else: .*{sentence}"):
         made(replace(wanted, **changes), resume=True)
     assert len(Run(wanted).source.index.names()) and (wanted.partial / save.MANIFEST).exists()
+
+
+@pytest.fixture
+def own_threads():
+    """What a test makes of torch's threads is undone."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_it_is_computed_on_as_many_threads_as_it_was_begun_with(models, tmp_path):
+    whole, wanted = (job(model(models), tmp_path / name, threads=1) for name in ("whole", "out"))
+    made(whole)
+    begun(wanted)
+    sentence = "was computed on 1 CPU thread, which its last bits depend on, and --threads 2 is given; leave --threads"
+    with pytest.raises(UsageError, match=sentence):
+        made(replace(wanted, threads=2), resume=True)
+    torch.set_num_threads(2)  # a machine of more cores
+    made(replace(wanted, threads=None), resume=True)
+    assert torch.get_num_threads() == 1
+    assert content(wanted.out) == content(whole.out)
+    with pytest.raises(UsageError, match=sentence):
+        made(replace(wanted, threads=2), resume=True)
 
 
 def test_another_model_is_not_mixed_in(models, tmp_path):

@@ -59,7 +59,8 @@ class Job:
     """A folder to read, a folder to write, and how. `name` is what the facts call the model (none: as its folder).
 
     `search` are fields of awq.quantize.Options. `search_results` is a file of llm-awq's, which stands for a search.
-    `card_samples` are held-out dialogues, texts and probes of each kind (none: as card_plan says).
+    `threads` of the CPU (none: torch decides, or the work that goes on). `card_samples` are held-out dialogues, texts
+    and probes of each kind (none: as card_plan says).
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Job:
     search_results: Path | None = None
     calibration: Calibration = Calibration()
     device: str = "cpu"
+    threads: int | None = None
     max_ram: int | None = None
     max_disk: int | None = None
     card: bool = True

@@ -79,6 +79,8 @@ class Run:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
         self.source = open_job(job)
         self.processor: Processor | None = None
         self.data: Data | None = None
@@ -166,14 +168,26 @@ class Run:
         work.commit({}, card_s=time.perf_counter() - start)
 
     def _fingerprint(self, begun: Work | None) -> Generator[Progress, None, dict[str, Any]]:
-        """What decides about the result; it is computed with as many threads as the work was begun with."""
+        """What decides about the result; it is computed on as many threads as the work was begun with."""
         if begun is not None:
-            torch.set_num_threads(int(begun.fingerprint["machine"]["threads"]))  # sums depend on how they are split
+            self._take_threads(begun)
         files, hashes = files_of(self.job, self.source), dict[str, str]()
         for name, digest in hash_files(files):
             hashes[name] = digest
             yield Progress("", "load", len(hashes), len(files))
         return fingerprint(self.job, hashes, self.data.sha256 if self.data else None)
+
+    def _take_threads(self, begun: Work) -> None:
+        """Compute on as many as before, since sums depend on how they are split. Raises UsageError for others."""
+        before = int(begun.fingerprint["machine"]["threads"])
+        if self.job.threads not in (None, before):
+            threads = "1 CPU thread" if before == 1 else f"{before} CPU threads"
+            message = (
+                f"the work in {begun.folder} was computed on {threads}, which its last bits depend on, and "
+                f"--threads {self.job.threads} is given"
+            )
+            raise UsageError(message, f"leave --threads out, or give --threads {before}")
+        torch.set_num_threads(before)
 
     def _tower(self, work: Work) -> Iterator[Event]:
         for event in TowerStage(self.job, self.source, self.processor, self.data).events(work):

@@ -68,6 +68,7 @@ def job_of(flags: QuantizeFlags) -> Job:
         search_results=Path(flags.search_results).expanduser() if flags.search_results else None,
         calibration=wanted,
         device=flags.device or str(default_device()),
+        threads=flags.threads,
         max_ram=parse_size("--max-ram", flags.max_ram),
         max_disk=parse_size("--max-disk", flags.max_disk),
         card=flags.card,
