@@ -15,7 +15,7 @@ from tinychat.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "eos", "cancelled"]
-Stage = Literal["compile", "load", "images", "vision", "prefill", "quantize", "convert", "card"]
+Stage = Literal["compile", "load", "images", "vision", "prefill", "check", "quantize", "convert", "card"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total`: tensors (load, convert), pictures (images, vision), tokens (prefill), figures (card)."""
+    """`done` of `total`: tensors (load, check, convert), pictures (images, vision), tokens (prefill), figures (card)."""
 
     request_id: str
     stage: Stage

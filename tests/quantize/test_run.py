@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from quantize_runs import LAYERS, begun, job, made, model
+from safetensors.torch import load_file, save_file
 from same import assert_same
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from awq.quantize import quantize_block
 from awq.recipes import recipe_for
 from make_tiny_model import make_tiny_model
-from tinychat.checkpoint import Index, write_safetensors
+from tinychat.checkpoint import Index
 from tinychat.config import read_config
+from tinychat.core import Progress
 from tinychat.errors import ModelError, TinychatError, UsageError
 from tinychat.load import load, load_folder, load_model, quant_spec
 from tinychat.placement import Placement
@@ -182,15 +186,55 @@ def test_models_that_cannot_be_quantized_are_named(models, tmp_path):
         job(packed, tmp_path / "out", spec=QuantSpec(3, 32))
 
 
-@pytest.mark.parametrize("method", ["awq", "rtn"])
-def test_weights_that_are_no_numbers_are_named(models, tmp_path, method):
-    source = shutil.copytree(model(models), tmp_path / "model")
-    index = Index.of(source)
-    tensors = {name: index.get(name).clone() for name in index.names()}
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-    write_safetensors(tensors.items(), source)
-    with pytest.raises(ModelError, match=r"layer 1, mlp\.up_proj\.weight holds NaN or Inf values"):
-        made(job(source, tmp_path / "out", method=method))
+def with_value(source: Path, folder: Path, file: str, name: str, value: float) -> Path:
+    """A copy of a model, one number of one tensor changed."""
+    shutil.copytree(source, folder)
+    path = folder / file
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+NO_NUMBERS = "holds values that are no finite float16 numbers; check the checkpoint's weights"
+SOMEWHERE = (
+    ("text", "model.safetensors", "model.layers.2.mlp.up_proj.weight", "layer 2, mlp.up_proj.weight holds NaN or Inf"),
+    ("text", "model.safetensors", "model.layers.2.input_layernorm.weight", "layer 2, input_layernorm.weight holds NaN"),
+    ("text", "model.safetensors", "model.embed_tokens.weight", f"model.embed_tokens.weight {NO_NUMBERS}"),
+    ("text", "model.safetensors", "lm_head.weight", f"lm_head.weight {NO_NUMBERS}"),
+    ("text", "model.safetensors", "model.norm.weight", f"model.norm.weight {NO_NUMBERS}"),
+    ("vila", "mm_projector/model.safetensors", "layers.2.bias", f"layers.2.bias {NO_NUMBERS}"),
+    (
+        "vila",
+        "vision_tower/model.safetensors",
+        "vision_model.encoder.layers.1.mlp.fc1.weight",
+        f"encoder.layers.1.mlp.fc1.weight {NO_NUMBERS}",
+    ),
+)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize(("layout", "file", "name", "words"), SOMEWHERE, ids=[row[2] for row in SOMEWHERE])
+def test_weights_that_are_no_numbers_are_refused_before_the_work(models, tmp_path, layout, file, name, words, value):
+    source = with_value(model(models, layout), tmp_path / "model", file, name, value)
+    with pytest.raises(ModelError, match=re.escape(words)):
+        for event in Run(job(source, tmp_path / "out", method="rtn")).events():
+            assert isinstance(event, Progress) and event.stage == "check"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_float16_cannot_hold_is_refused_before_the_work(models, tmp_path):
+    wide = model(models, "text", dtype="float32")
+    source = with_value(wide, tmp_path / "model", "model.safetensors", "model.norm.weight", 1e6)
+    with pytest.raises(ModelError, match=f"^model.norm.weight {NO_NUMBERS}, or store the model as bfloat16 first"):
+        made(job(source, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_are_checked_once(models, tmp_path):
+    wanted = job(model(models), tmp_path / "out", method="rtn")
+    stages = [[e.stage for e in Run(wanted).events(resume) if isinstance(e, Progress)] for resume in (False, True)]
+    assert stages[0].count("check") == len(Index.of(wanted.folder).names()) and "check" not in stages[1]
 
 
 def test_a_folder_that_cannot_be_written_is_named(models):

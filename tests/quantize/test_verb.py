@@ -39,8 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_run_in_lines(model, tmp_path, capfd):
     assert cli.main(["quantize", model, str(tmp_path / "out"), *QUICK]) == 0
     out, err = capfd.readouterr()
-    first, about, reading, busy, layer, last, measuring, *figures = err.splitlines()
-    assert (first, reading, busy) == ("reading the model's files", "reading the calibration data", "quantizing")
+    checking, first, about, reading, busy, layer, last, measuring, *figures = err.splitlines()
+    assert (checking, first) == ("checking the weights", "reading the model's files")
+    assert (reading, busy) == ("reading the calibration data", "quantizing")
     assert about.startswith("about ") and "of memory and" in about
     assert layer.startswith("layer 1 of 2: loss 0.") and " searched" in layer and last.startswith("layer 2 of 2")
     assert measuring == "making the quality card" and figures[0] == "32 bit: 1 held-out answers"

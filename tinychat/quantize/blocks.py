@@ -46,8 +46,7 @@ class Blocks:
         stream_into(block, self.source.layer(i), "text", torch.float32, self.device)
         for name, tensor in block.named_parameters():
             tensor.requires_grad_(False)
-            if not bool(torch.isfinite(tensor).all()):
-                raise ModelError(f"layer {i}, {name} holds NaN or Inf values", "check the checkpoint's weights")
+            check_finite(tensor, f"layer {i}, {name}")
         return block.eval()
 
     @torch.no_grad()
@@ -121,6 +120,12 @@ def _packed(logical: Logical, spec: QuantSpec, name: str) -> AwqGemm:
         message = f"{name} holds weights so large that their scales are no float16 numbers, which the awq format has"
         raise ModelError(message, "check the checkpoint's weights, or give --pseudo")
     return layout.from_logical(logical._replace(scale=scale), spec)
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise ModelError for NaN or Inf."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"{name} holds NaN or Inf values", "check the checkpoint's weights")
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

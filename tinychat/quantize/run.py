@@ -29,6 +29,7 @@ from tinychat.quantize.card_plan import NONE
 from tinychat.quantize.embedding import Embedder
 from tinychat.quantize.facts import FACTS, facts_of, for_card
 from tinychat.quantize.fingerprint import files_of, fingerprint, hash_files
+from tinychat.quantize.finite import checked_weights
 from tinychat.quantize.job import Job, open_job
 from tinychat.quantize.output import BLOCK, LOG, assemble, block_name, publish
 from tinychat.quantize.plan import Plan, costs, make_plan, with_card
@@ -98,6 +99,8 @@ class Run:
                 return
             refuse(self.job, resume)
             self.plan.check(self.job.out)
+            if not (self.job.partial / MANIFEST).exists():
+                yield from self._checked()
             with locked(self.job.partial):
                 yield from self._work()
 
@@ -106,6 +109,12 @@ class Run:
         made = Work(self.job.out, read_json(self.job.out / FACTS)["fingerprint"])
         made.check((yield from self._fingerprint(made)))
         yield Written(self.job.out, _finish(self.job))
+
+    def _checked(self) -> Iterator[Progress]:
+        """Look at every weight. Raises ModelError, before anything is written, where one is no number."""
+        names = checked_weights(self.job, self.source)
+        for done, _ in enumerate(names, 1):
+            yield Progress("", "check", done, len(self.source.raw.names()))
 
     def _work(self) -> Iterator[Event]:
         work = yield from self._opened()

@@ -35,6 +35,7 @@ Say = Callable[[str], None]
 CALIBRATION = ("calib", "calib_samples", "calib_seqlen")
 SEARCH = ("clip", "duo", "compensate", "scale_grid", "loss_tokens")
 STAGES = {
+    "check": "checking the weights",
     "load": "reading the model's files",
     "vision": "reading the calibration data",
     "tower": "quantizing the vision tower",

@@ -37,13 +37,17 @@ class Copy:
 
     def pieces(self) -> Iterator[bytes]:
         """The data, row-major and little-endian. Raises ModelError where the dtype cannot hold it."""
-        rows = self.entry.shape[0] if self.entry.shape else 1
-        step = max(1, rows * PIECE // max(self.nbytes, 1))
-        for start in range(0, rows, step):
-            yield _bytes(narrowed(self._rows(start, start + step), self.dtype, self.name))
+        for rows in self.rows():
+            yield _bytes(narrowed(rows, self.dtype, self.name))
 
-    def _rows(self, start: int, end: int) -> Tensor:
-        """Some rows, copied; the mapping that they come from is given back."""
+    def rows(self) -> Iterator[Tensor]:
+        """The data as it is, some rows at a time, copied; the mapping that they come from is given back."""
+        count = self.entry.shape[0] if self.entry.shape else 1
+        step = max(1, count * PIECE // max(self.nbytes, 1))
+        for start in range(0, count, step):
+            yield self._some(start, start + step)
+
+    def _some(self, start: int, end: int) -> Tensor:
         tensor = Index({self.name: self.entry}).get(self.name)
         return (tensor[start:end] if tensor.ndim else tensor).clone()
 
