@@ -169,7 +169,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total`: tensors (load, check, convert), pictures (images, vision), tokens (prefill), figures (card)."""
+    """`done` of `total` tensors (load, check, convert), pictures (images, vision), tokens (prefill), figures (card)."""
 
     request_id: str
     stage: Stage
