@@ -116,7 +116,9 @@ class Worker {
         return p;
     }
 
-    int64_t end_key(const Place& p, int64_t i) const { return a_.starts[p.row] + (p.pair + i) / plan_.group + 1; }
+    int64_t end_key(const Place& p, int64_t i) const {
+        return a_.starts[p.row] + (a_.causal ? (p.pair + i) / plan_.group + 1 : a_.count);
+    }
 
     int64_t first_key(const Place& p, int64_t i) const {
         return a_.window ? std::max<int64_t>(0, end_key(p, i) - a_.window) : 0;

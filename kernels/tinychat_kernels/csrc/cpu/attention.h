@@ -23,6 +23,7 @@ struct Attention {
     int64_t heads, kv_heads, head_dim;
     int64_t capacity;  // tokens of a row of the cache
     int64_t window;
+    bool causal = true;  // false: it sees the positions after its own as well
     float scale;
     Kind kind;
     void* memory;    // attention_memory() bytes, aligned to 64

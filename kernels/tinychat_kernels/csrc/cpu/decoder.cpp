@@ -2,7 +2,6 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "arena.h"
@@ -10,6 +9,7 @@
 #include "floats.h"
 #include "linear.h"
 #include "pool.h"
+#include "stopwatch.h"
 
 namespace tinychat {
 namespace {
@@ -60,26 +60,6 @@ struct Buffers {
         }
         return most;
     }
-};
-
-// Adds the time since the last mark to a stage; on thread 0 of a measured step alone.
-class Stopwatch {
-  public:
-    Stopwatch(const Team& team, int64_t* nanoseconds) : spent_(team.index() == 0 ? nanoseconds : nullptr) {
-        if (spent_ != nullptr) last_ = Clock::now();
-    }
-
-    void mark(tc_stage stage) {
-        if (spent_ == nullptr) return;
-        const Clock::time_point now = Clock::now();
-        spent_[stage] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
-        last_ = now;
-    }
-
-  private:
-    using Clock = std::chrono::steady_clock;
-    int64_t* spent_;
-    Clock::time_point last_;
 };
 
 // The part of one row's groups that begins at an input, as a row of its own.

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "tinychat.h"
+#include "tower.h"
 
 namespace tinychat {
 
@@ -20,6 +21,7 @@ constexpr int64_t kind_size(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
 constexpr int64_t kBlock = 256;
 constexpr int64_t kPart = 64;
 constexpr int kSums = 16;  // a sum is 16 sums, of every 16th number, added up at the end
+constexpr int64_t kPanelRows = 6;
 constexpr int64_t kMaxHeadDim = 256;  // head_dim is a multiple of 16
 
 // Some queries of one sequence and one key head. Query i sees the keys first[i] <= key < end[i]; both never fall.
@@ -60,6 +62,14 @@ struct FloatOps {
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* y);
     // The dot product of float32 and weights of a kind.
     float (*dot[kKinds])(const float* x, const void* weights, int64_t n);
+    // y [rows, kPart], kBlock apart = x [rows, inputs] times panel [inputs, kPart]; rows are at most kPanelRows
+    void (*panel)(const float* x, int64_t rows, int64_t inputs, const float* panel, float* y);
+    // x += more
+    void (*add)(float* x, const float* more, int64_t n);
+    // x += add (unless NULL), then y = (x - mean) / deviation * weight + bias
+    void (*layer_norm)(float* x, const float* add, const float* weight, const float* bias, float eps, int64_t n,
+                       float* y);
+    void (*gelu[TC_GELUS])(const float* x, int64_t n, float* y);
 };
 
 const FloatOps& float_ops();  // for isa()

@@ -94,6 +94,75 @@ static float dot_row(const float* x, const void* weights, int64_t n) {
     return sums.total();
 }
 
+static void multiply_panel(const float* x, int64_t rows, int64_t inputs, const float* panel, float* y) {
+    static_assert(kPanelRows == kRows, "the tiles of attention's scores do it");
+    kScorePart[rows - 1](x, panel, inputs, y);
+}
+
+static void add_row(float* x, const float* more, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) vstore(x + i, vadd(vload(x + i), vload(more + i)));
+}
+
+static void layer_norm_row(float* x, const float* add, const float* weight, const float* bias, float eps, int64_t n,
+                           float* y) {
+    if (add) add_row(x, add, n);
+    Sums sums;
+    sums.clear();
+    for (int64_t i = 0; i < n; i += kSums) {
+        for (int w = 0; w < kSums / W; w++) {
+            vf& sum = sums.of[i / kSums % 4 * (kSums / W) + w];
+            sum = vadd(vload(x + i + w * W), sum);
+        }
+    }
+    const vf mean = vset(sums.total() / (float)n);
+    sums.clear();
+    for (int64_t i = 0; i < n; i += kSums) {
+        for (int w = 0; w < kSums / W; w++) {
+            const vf value = vsub(vload(x + i + w * W), mean);
+            vf& sum = sums.of[i / kSums % 4 * (kSums / W) + w];
+            sum = vfma(value, value, sum);
+        }
+    }
+    const vf factor = vset(1.f / __builtin_sqrtf(sums.total() / (float)n + eps));
+    for (int64_t i = 0; i < n; i += W) {
+        const vf value = vmul(vsub(vload(x + i), mean), factor);
+        vstore(y + i, vfma(value, vload(weight + i), vload(bias + i)));
+    }
+}
+
+// x / (1 + 2^power)
+LANE vf gated(vf x, vf power) { return vdiv(x, vadd(vset(1.f), vexp2(power))); }
+
+static void gelu_quick_row(const float* x, int64_t n, float* y) {
+    const vf factor = vset(-1.702f * 1.44269504f);
+    for (int64_t i = 0; i < n; i += W) vstore(y + i, gated(vload(x + i), vmul(vload(x + i), factor)));
+}
+
+// x / 2 * (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3)
+static void gelu_tanh_row(const float* x, int64_t n, float* y) {
+    const vf linear = vset(-2.30220818f), cubic = vset(-2.30220818f * 0.044715f);
+    for (int64_t i = 0; i < n; i += W) {
+        const vf value = vload(x + i);
+        vstore(y + i, gated(value, vmul(value, vfma(vmul(value, value), cubic, linear))));
+    }
+}
+
+// max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2, by formula 7.1.26 of Abramowitz and Stegun: within 2e-7 * |x|.
+static void gelu_erf_row(const float* x, int64_t n, float* y) {
+    const vf zero = vzero(), one = vset(1.f);
+    for (int64_t i = 0; i < n; i += W) {
+        const vf value = vload(x + i), size = vmax(vsub(zero, value), value);
+        const vf t = vdiv(one, vfma(size, vset(0.3275911f * 0.707106781f), one));
+        vf p = vset(0.5f * 1.061405429f);
+        p = vfma(p, t, vset(0.5f * -1.453152027f));
+        p = vfma(p, t, vset(0.5f * 1.421413741f));
+        p = vfma(p, t, vset(0.5f * -0.284496736f));
+        p = vfma(p, t, vset(0.5f * 0.254829592f));
+        const vf tail = vmul(vmul(p, t), vexp2(vmul(vmul(value, value), vset(-0.5f * 1.44269504f))));
+        vstore(y + i, vsub(vmax(zero, value), vmul(size, tail)));
+    }
+}
+
 static constexpr FloatOps kFloatOps = {
     {attend_block<Kind::f16>, attend_block<Kind::bf16>, attend_block<Kind::f32>},
     merge_partial,
@@ -105,4 +174,8 @@ static constexpr FloatOps kFloatOps = {
     norm_row,
     swiglu_row,
     {dot_row<Kind::f16>, dot_row<Kind::bf16>, dot_row<Kind::f32>},
+    multiply_panel,
+    add_row,
+    layer_norm_row,
+    {gelu_erf_row, gelu_tanh_row, gelu_quick_row},
 };
