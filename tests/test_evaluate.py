@@ -86,6 +86,14 @@ def test_the_quantizer_s_notes_are_the_facts(tmp_path: Path, capsys: pytest.Capt
     assert card["models"]["quantized"]["title"] == "AWQ 4 bit" and list(card["models"]) == ["quantized"]
 
 
+def test_floats_that_stand_for_few_bits_are_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_tiny_model(tmp_path / "m", "text", dtype="float16")
+    notes = {"options": {"method": "awq", "bits": 3, "pseudo": True}, "format": "float"}
+    (folder / "quantize.json").write_text(json.dumps(notes))
+    assert main(["eval", str(folder), "--tasks", "ppl", "--seqlen", "64"]) == 0
+    assert "AWQ 3 bit, as floats" in capsys.readouterr().out
+
+
 def test_a_corrupted_model_fails_the_gate_that_it_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_tiny_model(tmp_path / "base", "text")
     folder = make_tiny_model(tmp_path / "copy", "text")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TASKS = ("demo", "ppl", "probes")
 EMBEDDINGS = "llm.model.embed_tokens.weight"
+NOTHING: Mapping[str, Any] = {}
 Note = Callable[[str], None]
 
 
@@ -117,9 +118,8 @@ def _measured_card(job: Job, open_engine: Open, note: Note) -> tuple[Card, list[
     if job.flags.card:
         _check_folder(job, source.folder)
     facts = _facts(source)
-    method = facts.get("method") or dict(facts.get("options") or {}).get("method") or ""
     models = _Models(open_engine, "auto" if job.flags.card else None)
-    quantized = Subject(_title(source, str(method)), lambda: models.other(job.model))
+    quantized = Subject(_title(source, facts), lambda: models.other(job.model))
     base, nearest = _others(job, source, models)
     card = make_card(base, quantized, nearest, plan=_plan(job, source), facts=facts, report=note)
     lines: list[str] = []
@@ -158,11 +158,15 @@ def _check_folder(job: Job, folder: Path) -> None:
     page.check_readme(folder)
 
 
-def _title(source: Source, method: str = "") -> str:
-    """How a model's weights are held: `16 bit`, `4 bit`, `AWQ 4 bit`."""
-    stored = source.index.dtype(EMBEDDINGS).itemsize * 8
-    bits = source.spec.bits if source.spec else stored
-    return f"{method.upper()} {bits} bit".strip()
+def _title(source: Source, facts: Mapping[str, Any] = NOTHING) -> str:
+    """How a model's weights are held, and what they were made by: `16 bit`, `AWQ 4 bit`."""
+    from tinychat.quantize.facts import title_of
+
+    options = facts.get("options") or {}
+    method = str(facts.get("method") or options.get("method") or "")
+    if source.spec is None and options.get("pseudo"):
+        return title_of(method, options["bits"], pseudo=True)
+    return title_of(method, source.spec.bits if source.spec else 8 * source.index.dtype(EMBEDDINGS).itemsize)
 
 
 def _plan(job: Job, source: Source) -> CardPlan:

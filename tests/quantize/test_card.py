@@ -90,6 +90,12 @@ def test_what_is_only_rounded_is_compared_with_the_original_alone(models: dict[s
     assert quality(tmp_path / "out")["models"]["quantized"]["title"] == "RTN 4 bit"
 
 
+def test_floats_that_stand_for_few_bits_are_called_so(models: dict[str, Path], tmp_path: Path) -> None:
+    run(job(models["text"], tmp_path / "out", pseudo=True, spec=QuantSpec(3, 32)))
+    titles = [column["title"] for column in quality(tmp_path / "out")["models"].values()]
+    assert titles == ["16 bit", "RTN 3 bit", "AWQ 3 bit, as floats"]
+
+
 def test_no_card_is_made_where_none_is_wanted(models: dict[str, Path], tmp_path: Path) -> None:
     made = Run(job(models["text"], tmp_path / "out", method="rtn", card=False))
     assert made.plan.card == NONE and "card" not in made.plan.ram

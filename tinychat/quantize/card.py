@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from tinychat import load
-from tinychat.checkpoint import Index
 from tinychat.core import Progress
 from tinychat.engine.engine import Engine
 from tinychat.eval.card import TEXT_ONLY, Making, Note, Subject, card_in_making, sees
 from tinychat.inputs.processor import Processor
 from tinychat.placement import Placement
 from tinychat.quantize.card_plan import LAYERS, plan_of
+from tinychat.quantize.facts import title_of
 from tinychat.quantize.job import Job, Source
 from tinychat.quantize.layered import EMBEDDINGS, Layered, base_side, nearest_side, packed_side, weights_of
 from tinychat.quantize.nearest import round_to_nearest
@@ -41,9 +41,9 @@ class CardStage:
         self.plan = plan_of(self.processor, job.card_samples)
         bits = job.spec.bits
         self.titles = {
-            "base": title_of(source.index),
-            "nearest": f"RTN {bits} bit",
-            "quantized": f"{job.method.upper()} {bits} bit",
+            "base": title_of("", 8 * source.index.dtype(EMBEDDINGS).itemsize),
+            "nearest": title_of("rtn", bits),
+            "quantized": title_of(job.method, bits, job.pseudo),
         }
 
     def events(self, folder: Path, work: Path, facts: Mapping[str, Any]) -> Iterator[Progress | Note]:
@@ -83,8 +83,3 @@ class CardStage:
         name = self.job.name or self.job.folder.name
         told = TOO_LARGE.format(size=size(self.whole), out=self.job.out.name, model=name)
         return (told,) if sees(self.processor) else (told, TEXT_ONLY)
-
-
-def title_of(index: Index) -> str:
-    """How a float model is held: `16 bit`."""
-    return f"{8 * index.dtype(EMBEDDINGS).itemsize} bit"

@@ -61,6 +61,11 @@ def for_card(found: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
+def title_of(method: str, bits: int, pseudo: bool = False) -> str:
+    """What a quantized model is called in a table: `AWQ 4 bit`."""
+    return f"{method.upper()} {bits} bit{', as floats' if pseudo else ''}".strip()
+
+
 def peak_ram() -> int:
     """The most bytes of memory that this process has had."""
     if sys.platform == "win32":
