@@ -174,7 +174,8 @@ def empty(size: int) -> Tensor:
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         memory = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
         return memory[-memory.data_ptr() % ALIGNMENT :][:size]
-    pages = mmap.mmap(-1, size + HUGE)  # what is not touched costs nothing
+    # Private: the memory that processes share seldom gets huge pages. What is not touched costs nothing.
+    pages = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     start = -memory.data_ptr() % HUGE
     pages.madvise(mmap.MADV_HUGEPAGE)

@@ -140,3 +140,18 @@ def test_the_environment_forces_instructions() -> None:
     missing = next(name for name in cpu.ISAS if name not in cpu.isas())
     assert f"(False, 'this CPU has no {missing} instructions" in in_python(text, TINYCHAT_ISA=missing).stdout
     assert "there are no instructions 'mmx'; known are generic" in in_python(text, TINYCHAT_ISA="mmx").stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's list of a process's memory")
+def test_large_memory_may_lie_in_huge_pages() -> None:
+    memory = cpu.empty(8 << 20)
+    address, flags = memory.data_ptr(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            flags = line
+    assert " hg" in flags  # asked for
+    assert " sh" not in flags  # the system has none for shared memory by default
