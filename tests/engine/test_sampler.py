@@ -243,3 +243,19 @@ def test_a_bias_that_cannot_work(bias, message):
 def test_a_bias_of_minus_infinity_bans_a_token():
     sampler = make_sampler(SamplingParams(temperature=1.0, logit_bias={1: -math.inf}, seed=0), [], "cpu")
     assert 1 not in draw(sampler, torch.tensor([0.0, 9.0, 0.0]), 50)
+
+
+def test_a_draw_leaves_torchs_other_threads_asleep() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen: list[int] = []
+    try:
+        sampler = make_sampler(SamplingParams(temperature=0.7, seed=1), (), "cpu")
+        sampler._warpers = (lambda scores: seen.append(torch.get_num_threads()) or scores,)
+        sampler(torch.randn(100), ())
+        with pytest.raises(ModelError):
+            sampler(torch.full((100,), math.nan), ())
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
