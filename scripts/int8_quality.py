@@ -23,6 +23,7 @@ from rich.table import Table
 from tinychat import load
 from tinychat.engine.engine import Engine
 from tinychat.eval import divergence, report
+from tinychat.eval.card import sees
 from tinychat.eval.divergence import Held
 from tinychat.eval.heldout import heldout, speaks_demo
 from tinychat.layers.head import PackedHead
@@ -71,9 +72,9 @@ def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[di
         engine = opened(args.model, setting, args.threads)
         demo = speaks_demo(engine.processor)
         if not held:
-            held = [
-                divergence.continued(engine, item) for item in heldout("demo" if demo else "plain").items(args.samples)
-            ]
+            pictures = sees(engine.processor)
+            items = heldout("demo" if demo else "plain").items(args.samples)
+            held = [divergence.continued(engine, item) for item in items if pictures or item.kind == "text"]
             base = [divergence.coded(divergence.read(engine, one).logits) for one in held]
         compared = [
             divergence.compare(one, known, divergence.read(engine, one).logits)
