@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -288,6 +289,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or stopped programs stay behind
     plan = plan_of(args)
     make_weights(plan, SHAPES[args.shape])
     comparison = Comparison(plan)

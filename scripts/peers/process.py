@@ -13,6 +13,7 @@ from pathlib import Path
 from peers.protocol import Facts, Json, Setup
 
 SCRIPTS = Path(__file__).parents[1]
+OURS = (SCRIPTS.parent, SCRIPTS.parent / "kernels")  # of this very tree, whatever tree is installed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Process:
             raise PeerError(f"there is no {python}: scripts/setup_peers makes it")
         log = Path(setup.folder) / f"{peer.name.replace('/', ' ')}.log"
         threads = str(setup.threads)
-        environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(map(str, (SCRIPTS, *(OURS if peer.environment == "own" else ()))))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
         self.peer = peer
         with log.open("w") as errors:
             self.process = subprocess.Popen(
