@@ -71,6 +71,7 @@ def test_a_dry_run_writes_nothing(model, tmp_path, capfd, more):
     else:
         heads = ["quantized", "stays", "calibration", "memory", "disk", "card", "time"]
         assert [line.partition(":")[0] for line in out.splitlines()] == heads
+        assert out.splitlines()[-1].startswith("time:        about ") and out.endswith(" on this machine\n")
         assert "14 linears of 2 layers" in out and "lm_head, embeddings and norms" in out
 
 

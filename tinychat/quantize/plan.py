@@ -1,13 +1,13 @@
-"""What a quantization will take: memory, disk and time, from headers, the calibration's lengths and two short measures.
+"""What a quantization will take: memory, disk and time, from headers, the calibration's lengths and short probes.
 
 The run is held to it: what does not fit is spilled to the disk or streamed, or refused before anything is written.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from tinychat.errors import CapacityError
 from tinychat.quantize.calibration import Data
 from tinychat.quantize.card_plan import NONE, CardCost, Costs
 from tinychat.quantize.job import LAYER, TOWER_LAYER, Job, Source, linears, part, spared
+from tinychat.quantize.speed import product, reading, rounding, seconds_a_unit
 from tinychat.quantize.writing import PIECE
 from tinychat.weight_files import Entry
 
@@ -39,6 +40,7 @@ INVERSION = 4.0  # operations a number of such a matrix and row: two factors and
 FREE_SHARE = 0.9  # of the free memory may be used where --max-ram does not say
 COPIED = 4  # pieces of a tensor at once, as it is copied
 TABLES = 4 * 2**20  # bytes of the manifest, configs and the log
+_measured = functools.cache(seconds_a_unit)  # once a process
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def costs(job: Job, source: Source) -> Costs:
 def with_card(plan: Plan, job: Job, card: CardCost) -> Plan:
     """The plan, the quality card made in that way."""
     base = resident() + WORDS_SLACK
-    spent = card.products * _timed(_product, job.device) + card.streamed * _timed(_reading, job.device)
+    spent = card.products * _measured(product, job.device) + card.streamed * _measured(reading, job.device)
     ram = {name: count for name, count in plan.ram.items() if name != "card"}
     return replace(
         plan,
@@ -315,7 +317,7 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     weights = sum(rows * columns for rows, columns in linears(source).values())
     spent = 3 * source.index.total_bytes / 2**29  # reading, hashing, writing
     if data is None:
-        return spent + weights * _timed(_rounding, job.device)
+        return spent + weights * _measured(rounding, job.device)
     options = job.search_options()
     grid, clips = options.scale_grid, (options.clip_grid * options.max_shrink + 1) * options.clip
     tokens, sample = sum(data.lengths), min(sum(data.lengths), options.loss_tokens or 2**62)
@@ -325,7 +327,7 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     if options.compensate:
         products += _compensation_flops(source, tokens)
     rounds = weights * (grid + clips + ROUNDINGS)
-    return spent + products * _timed(_product, job.device) + rounds * _timed(_rounding, job.device)
+    return spent + products * _measured(product, job.device) + rounds * _measured(rounding, job.device)
 
 
 def _compensation_flops(source: Source, tokens: int) -> float:
@@ -342,42 +344,6 @@ def _vision_flops(source: Source, data: Data) -> int:
     tower = part(source.index, "vision_tower.")
     numbers = sum(tower.entry(name).nbytes // tower.entry(name).dtype.itemsize for name in tower.names())
     return 2 * numbers * vision.num_features * data.pictures
-
-
-def _timed(work: Callable[[torch.device], int], device: str) -> float:
-    """Seconds for one unit of some work: the best of three, after one that is not counted."""
-    where, best = torch.device(device), float("inf")
-    work(where)
-    for _ in range(3):
-        start = time.perf_counter()
-        units = work(where)
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        best = min(best, (time.perf_counter() - start) / units)
-    return best
-
-
-def _product(device: torch.device) -> int:
-    """A product of matrices; its units are floating-point operations."""
-    a, b = torch.ones(256, 1024, device=device), torch.ones(1024, 1024, device=device)
-    torch.nn.functional.linear(a, b)
-    return 2 * 256 * 1024 * 1024
-
-
-def _reading(device: torch.device) -> int:
-    """A matrix times one vector; its units are bytes of the matrix."""
-    a, b = torch.ones(1, 2048, device=device), torch.ones(4096, 2048, device=device)
-    torch.nn.functional.linear(a, b)
-    return b.nbytes
-
-
-def _rounding(device: torch.device) -> int:
-    """A round trip of weights through 4 bits; its units are weights."""
-    groups = torch.ones(512, 8, 128, device=device)
-    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    scale = (high - low + 1) / 15
-    (groups / scale - low).round_().clamp_(0, 15).add_(low).mul_(scale)
-    return groups.numel()
 
 
 def size(count: int) -> str:

@@ -247,7 +247,7 @@ def plan_text(plan: Plan, flags: QuantizeFlags) -> str:
         f"disk:        {size(plan.disk)} while it runs, {size(plan.output)} in the end; "
         f"{size(plan.disk_limit)} are allowed or free",
         f"card:        {card_text(plan)}",
-        f"time:        about {duration(plan.seconds)}",
+        f"time:        about {duration(plan.seconds)} on this machine",
     )
     return "\n".join(lines)
 
