@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What 8-bit activations and an 8-bit head cost a 4-bit model on a CPU: KL from exact ones, and right answers.
+"""What 8-bit activations, head and vision tower cost a 4-bit model on a CPU: KL from exact ones, and right answers.
 
     scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--threads N] [--json]
 
 MODEL is a folder or a hub id (the embedded model). All settings read the same held-out sequences. `exact` keeps
-activations in float32 and the head as it is stored, and is what the others are compared with; `down_proj exact` has
-8-bit activations in every linear but the one whose inputs are the most uneven.
+activations in float32, the head and the tower as they are stored, and is what the others are compared with;
+`down_proj exact` has 8-bit activations in every linear but the one whose inputs are the most uneven. A text model's
+settings leave out the tower.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Setting:
     name: str
     exact: bool
     head: str
+    tower: str = "float"
     spared: tuple[str, ...] = ()
 
 
@@ -45,13 +47,15 @@ SETTINGS = (
     Setting("exact", True, "float"),
     Setting("int8 head", True, "int8"),
     Setting("int8 activations", False, "float"),
-    Setting("int8 activations, down_proj exact", False, "float", ("down_proj",)),
+    Setting("int8 activations, down_proj exact", False, "float", spared=("down_proj",)),
     Setting("int8 activations and head", False, "int8"),
+    Setting("int8 tower", True, "float", "int8"),
+    Setting("int8 activations, head and tower", False, "int8", "int8"),
 )
 
 
 def opened(model: str | None, setting: Setting, threads: int | None) -> Engine:
-    placement = Placement(device="cpu", exact=setting.exact, head=setting.head, threads=threads)
+    placement = Placement(device="cpu", head=setting.head, tower=setting.tower, threads=threads)
     ready = load.load_folder(load.resolve(model), placement)
     for name, module in ready.model.named_modules():
         if isinstance(module, QuantLinear):
@@ -67,7 +71,10 @@ def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[di
     """A row a setting, the exact one first."""
     held: list[Held] = []
     base: list[dict[str, Any]] = []
+    source = load.open_source(load.resolve(args.model))
     for setting in SETTINGS:
+        if setting.tower == "int8" and source.config.vision is None:
+            continue
         say(setting.name)
         engine = opened(args.model, setting, args.threads)
         demo = speaks_demo(engine.processor)

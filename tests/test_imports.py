@@ -58,6 +58,7 @@ ASSEMBLY = {
     "tinychat.convert_files",
     "tinychat.quantize",
     "tinychat.planner",
+    "tinychat.packed_tower",
     "tinychat.packing",
     *VERBS,
 }  # anything, lazily

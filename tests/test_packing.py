@@ -17,6 +17,7 @@ from tinychat.errors import UsageError
 from tinychat.layers.embedding import StoredEmbedding
 from tinychat.layers.head import PackedHead
 from tinychat.layers.linear import QuantLinear
+from tinychat.layers.packed_linear import PackedLinear
 from tinychat.load import _dtype_of, assemble, load_folder, load_model, open_source
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat.placement import Placement
@@ -103,7 +104,7 @@ def test_the_plan_counts_what_is_held(folder: Path):
     tensors = [*model.parameters(), *model.buffers()]
     held = sum(tensor.nbytes for tensor in tensors)
     held += sum(linear.packed.blocks.nbytes for linear in linears(model).values())
-    held += model.llm.lm_head.packed.blocks.nbytes
+    held += sum(module.packed.blocks.nbytes for module in model.modules() if isinstance(module, PackedLinear))
     dtype = _dtype_of(source, placement, packed)
     assert planner.weights_bytes(source.index, dtype, held=packed.held(source.index)) == held
 

@@ -269,7 +269,8 @@ def _placement(flags: ModelFlags) -> Placement:
     device = _checked_device(flags.device)
     return Placement(
         dtype=flags.dtype, device=device, device_map=flags.device_map, max_memory=parse_max_memory(flags.max_memory),
-        dequantize=flags.dequantize, exact=flags.exact, head=flags.head, threads=flags.threads,
+        dequantize=flags.dequantize, exact=flags.exact, head=flags.head, tower=flags.tower,
+        threads=flags.threads,
     )  # fmt: skip
 
 

@@ -66,6 +66,9 @@ class ModelFlags:
     head: Annotated[str, typer.Option(help="A 16-bit head of a 4-bit model on a CPU: int8, or float to keep it.")] = (
         "int8"
     )
+    tower: Annotated[
+        str, typer.Option(help="A 16-bit vision tower of a 4-bit model on a CPU: int8, or float to keep it.")
+    ] = "int8"
     template: Annotated[
         str | None, typer.Option(help="Chat template by name, such as vicuna_v1.", show_default="the checkpoint's")
     ] = None

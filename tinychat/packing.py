@@ -1,7 +1,7 @@
 """Weights for the CPU kernels: which ones of a checkpoint are packed, the memory they take, and filling a model.
 
 The 4-bit linears of the decoder are packed one after the other into one piece of memory, straight from the files, and
-so is the head, in 8 bits. Large models are kept packed on disk for the next start.
+so are the head and the vision tower, in 8 bits. Large models are kept packed on disk for the next start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from tinychat import packed_cache
+from tinychat import packed_cache, packed_tower
 from tinychat.checkpoint import Index
 from tinychat.packed_cache import Place
 from tinychat.repack import Computed, packed_linears
@@ -55,16 +55,21 @@ class Packing:
     @property
     def skipped(self) -> frozenset[str]:
         """The tensors that the model does not hold as they are."""
-        words = (f"{name}.{part}" for name in self.sizes if name != HEAD for part in AwqGemm._fields)
-        return frozenset((*words, *([self.head] if self.head and self.head not in self.stored else [])))
+        tensors = (tensor for name in self.sizes for tensor in self.made_of(name))
+        return frozenset(tensors) - self.stored
+
+    def made_of(self, name: str) -> tuple[str, ...]:
+        """The tensors that a packed linear is made of."""
+        if name == HEAD:
+            assert self.head is not None
+            return (self.head,)
+        return (f"{name}.weight",) if packed_tower.is_ours(name) else tuple(f"{name}.{p}" for p in AwqGemm._fields)
 
     def held(self, index: Index) -> dict[str, int]:
         """Tensor -> the bytes that stand for it in memory, of those that are not held as they are."""
         found = dict.fromkeys(self.skipped, 0) | {name: index.entry(name).nbytes for name in self.stored}
         for name, size in self.sizes.items():
-            tensor = self.head if name == HEAD else f"{name}.qweight"
-            assert tensor is not None
-            found[tensor] += size
+            found[self.made_of(name)[0]] += size
         return found
 
 
@@ -82,6 +87,8 @@ def packing_of(source: Source, placement: Placement) -> Packing | None:
     head = _head(source, placement)
     if head is not None:
         sizes[HEAD] = _head_size(source.index, head)
+    if placement.tower == "int8" and not placement.exact:
+        sizes |= packed_tower.packed_sizes(source)
     return Packing(source.spec, sizes, head, _stored(source, head), placement.exact, placement.threads)
 
 
@@ -180,7 +187,8 @@ def _place(source: Source, packing: Packing) -> Place:
 
     folder = doctor.cache_folder() / "packed"
     files = {path for name in packing.skipped | packing.stored for path in source.index.files(name)}
-    facts = [build.source_digest(), repr(packing.spec), *packing.sizes]
+    sizes = (f"{name} {size}" for name, size in packing.sizes.items())
+    facts = [build.source_digest(), repr(packing.spec), *sizes]
     return Place(folder, packed_cache.key_of(files, facts, folder))
 
 
@@ -192,10 +200,11 @@ def _packed(source: Source, packing: Packing, report: Report | None) -> Iterator
     for done, (name, size) in enumerate(packing.sizes.items()):
         part = memory[at : at + size]
         if name == HEAD:
-            assert packing.head is not None
-            yield name, cpu.quantize_head(source.index.get(packing.head), memory=part)
+            yield name, cpu.quantize_head(source.index.get(*packing.made_of(name)), memory=part)
+        elif packed_tower.is_ours(name):
+            yield name, packed_tower.packed(source.index, name, part)
         else:
-            words = AwqGemm(*(source.index.get(f"{name}.{end}") for end in AwqGemm._fields))
+            words = AwqGemm(*map(source.index.get, packing.made_of(name)))
             yield name, cpu.pack(words, packing.spec, part)
         at += size
         if report is not None:
@@ -210,8 +219,10 @@ def _hand_over(
     from tinychat.layers.linear import QuantLinear
 
     for name, packed in found.items():
-        if name != HEAD:
+        if name.startswith(LAYERS):
             cast("QuantLinear", model.get_submodule(name)).prepare(packed, exact=packing.exact)
+    rounded = {name: packed for name, packed in found.items() if packed_tower.is_ours(name)}
+    packed_tower.hand_over(model, source.index, rounded)
     if packing.stored:
         table: Any = model.get_submodule(EMBEDDINGS)
         model.set_submodule(EMBEDDINGS, StoredEmbedding(table.weight, dtype))

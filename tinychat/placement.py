@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Dtype = torch.dtype | str | None
 DeviceMap = str | Mapping[str, str | int | torch.device] | None
 HEADS = ("int8", "float")
+TOWERS = ("int8", "float")
 MaxMemory = Mapping[int | str, int | str] | None
 
 
@@ -25,8 +26,9 @@ MaxMemory = Mapping[int | str, int | str] | None
 class Placement:
     """Where the weights go, and as what. Raises UsageError where the arguments contradict each other.
 
-    For the CPU kernels: `exact` keeps activations in float32, and `head` says whether a 16-bit head becomes one of
-    8 bits ("int8") or stays ("float"); `threads` is how many they run on from then on (None: as before).
+    For the CPU kernels: `exact` keeps activations in float32, and with them the tower's weights; `head` and `tower` say
+    whether those of 16 bits beside a 4-bit decoder get 8 ("int8") or stay ("float"); `threads` is how many they run on
+    from then on (None: as before).
     """
 
     dtype: Dtype = None
@@ -36,11 +38,14 @@ class Placement:
     dequantize: bool = False
     exact: bool = False
     head: str = "int8"
+    tower: str = "int8"
     threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise UsageError(f"the head is {self.head!r}", f"give {' or '.join(HEADS)}")
+        if self.tower not in TOWERS:
+            raise UsageError(f"the tower is {self.tower!r}", f"give {' or '.join(TOWERS)}")
         if self.dequantize and self.device_map is not None:
             raise UsageError("both --dequantize and a --device-map are given", "give one of the two")
         if self.device is not None and self.device_map is not None:

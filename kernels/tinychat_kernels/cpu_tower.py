@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tinychat_kernels import cpu
+from tinychat_kernels.cpu import Packed
 from tinychat_kernels.cpu_decoder import LANES, MOST_HEAD_DIM, Linear, _address, _packed
 from tinychat_kernels.errors import KernelError
 
+GROUPS = (128, 64, 32)  # inputs that share a scale, the best first
 PANEL = 64  # outputs of the patches' embedding that are computed together
 STAGES = ("patches", "norm", "qkv", "heads", "attention", "out", "up", "gelu", "down")
 GELUS = {"gelu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "quick_gelu": 2}  # as tower.h numbers them
@@ -62,6 +64,30 @@ class Weights:
     heads: int
     eps: float
     gelu: str
+
+
+def group_of(inputs: int) -> int:
+    """Inputs that share a scale in a linear of so many: the whole row where it cannot be parted."""
+    return next((group for group in GROUPS if inputs % group == 0), inputs)
+
+
+def widened(inner: int) -> int:
+    """The outputs of `up` with those added that make whole groups of the inputs of `down`; zeros change nothing."""
+    return inner if group_of(inner) < inner or inner <= GROUPS[0] else -(-inner // GROUPS[0]) * GROUPS[0]
+
+
+def linear_size(inputs: int, outputs: int) -> int:
+    """Bytes of such a linear that `round_linear` makes."""
+    return cpu.packed_size(inputs, outputs, group_of(inputs), 8, torch.float16)
+
+
+def round_linear(weight: Tensor, inputs: int, outputs: int, memory: Tensor | None = None) -> Packed:
+    """A float weight `[N, K]`, with zeros up to these sizes, in 8 bits with a scale for each output and group.
+
+    Raises LayoutError for NaN and Inf.
+    """
+    wide = pad(weight, (0, inputs - weight.shape[1], 0, outputs - weight.shape[0]))
+    return cpu.quantize_head(wide, group_of(inputs), memory)
 
 
 class _LayerNorm(ctypes.Structure):
@@ -159,7 +185,10 @@ class Tower:
     def _patches(self, pixels: Tensor) -> Tensor:
         """[N, C, H, W] -> float32 `[N, patches, numbers of one]`, row by row, as the embedding's weights lie."""
         side = self._side
-        squares = pixels.float().unflatten(3, (-1, side)).unflatten(2, (-1, side))  # [N, C, rows, P, columns, P]
+        high, wide = (size // side * side for size in pixels.shape[2:])  # as a convolution leaves out the rest
+        squares = (
+            pixels[..., :high, :wide].float().unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        )  # [N, C, rows, P, columns, P]
         return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2).contiguous()
 
     def _room(self, depth: int) -> int:

@@ -83,8 +83,9 @@ def make(s: Shape) -> Weights:
     )  # fmt: skip
 
 
-def pictures(s: Shape, count: int = 1) -> Tensor:
-    return random(count, 3, s.grid * SIDE, s.grid * SIDE, seed=77)
+def pictures(s: Shape, count: int = 1, rest: int = 0) -> Tensor:
+    """`rest`: pixels beyond the last patch."""
+    return random(count, 3, s.grid * SIDE + rest, s.grid * SIDE + rest, seed=77)
 
 
 def rounded(x: Tensor, group: int) -> Tensor:
@@ -139,6 +140,11 @@ def test_features_as_in_float64(isa: str, shape: Shape, changes: dict[str, objec
     ours = Tower(weights).encode(pixels)
     assert ours.shape == (2, shape.grid**2 + shape.first, shape.heads * shape.head_dim) and ours.dtype == torch.float32
     assert distance(ours, plain(weights, pixels, shape.layers)) < TIES
+
+
+def test_pixels_that_make_no_patch_are_left_out():
+    weights, pixels = make(SIGLIP), pictures(SIGLIP, rest=3)
+    assert distance(Tower(weights).encode(pixels), plain(weights, pixels, 2)) < TIES
 
 
 @pytest.mark.parametrize("grid", [15, 16, 17, 23])
@@ -241,3 +247,21 @@ def test_pictures_and_layers_that_are_refused():
         tower.encode(pictures(dataclasses.replace(CLIP, grid=5)))
     with pytest.raises(KernelError, match="16 patches and 3 layers"):
         tower.encode(pictures(CLIP), 3)
+
+
+@pytest.mark.parametrize(
+    ("inner", "wide", "group"),
+    [(768, 768, 128), (192, 192, 64), (96, 96, 32), (4304, 4352, 128), (24, 24, 24), (300, 384, 128)],
+)
+def test_groups_of_odd_sizes(inner: int, wide: int, group: int):
+    assert cpu_tower.widened(inner) == wide and cpu_tower.group_of(wide) == group
+
+
+def test_a_linear_is_rounded_by_groups_and_widened_by_zeros():
+    weight = random(300, 160, seed=1)
+    packed = cpu_tower.round_linear(weight, 256, 384, cpu.empty(cpu_tower.linear_size(256, 384)))
+    assert (packed.in_features, packed.out_features, packed.group) == (256, 384, 128)
+    values, scales = blocks.unpack_int8(packed)
+    wide = (values.double().unflatten(1, (-1, 128)) * scales.double()[..., None]).flatten(1)
+    assert not wide[300:].any() and not wide[:, 160:].any()
+    torch.testing.assert_close(wide[:300, :160], weight.double(), rtol=0, atol=float(scales.max()) * 0.51)

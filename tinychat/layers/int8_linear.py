@@ -37,11 +37,18 @@ class Int8Linear(Prepared):
         self.weight, self.weight_scale = packed.weight, packed.scale[:, None]
         self._prepared = None
 
-    def prepare(self) -> None:
-        """Hold the weights as the CPU kernels read them. Raises BuildError where there are none."""
+    @property
+    def held(self) -> Packed | None:
+        """The weights as the CPU kernels read them, where they are held so."""
+        return self._prepared
+
+    def prepare(self, packed: Packed | None = None) -> None:
+        """Hold the weights as the CPU kernels read them, packed before or now. Raises BuildError without kernels."""
         from tinychat_kernels import cpu
 
-        if not self.prepared:
+        if packed is not None:
+            self._hold(packed)
+        elif not self.prepared:
             self._hold(cpu.pack_int8(self.packed))
 
     @classmethod
