@@ -93,14 +93,16 @@ def test_what_is_kept_of_a_large_vocabulary_bounds_the_kl_from_below(monkeypatch
     logits, other = (torch.randn(5, 400, generator=torch.Generator().manual_seed(seed)) * 4 for seed in (0, 1))
     monkeypatch.setattr(divergence, "KEPT", 200)
     held = divergence.Held("text", None, (), (), 5, 400)  # type: ignore[arg-type]
-    exact = compare(held, coded(logits), other).kl
+    exact = compare(held, coded([logits]), [other]).kl
     monkeypatch.setattr(divergence, "WHOLE", 399)
-    kept = coded(logits)
-    coarse = compare(held, kept, other)
+    kept = coded([logits])
+    coarse = compare(held, kept, [other])
     assert kept["logp"].shape == (5, 201)
     assert (coarse.kl <= exact + 1e-5).all() and (coarse.kl >= 0.9 * exact).all()
-    assert not compare(held, kept, logits).kl.any()
+    assert not compare(held, kept, [logits]).kl.any()
     assert coarse.same.tolist() == (logits.argmax(1) == other.argmax(1)).tolist()
+    pieces = compare(held, coded(logits.split((1, 3, 1))), other.split((2, 3)))
+    assert np.array_equal(pieces.kl, coarse.kl) and np.array_equal(pieces.same, coarse.same)
 
 
 def test_models_that_do_not_belong_together_are_refused(pair: tuple[Path, Path]) -> None:

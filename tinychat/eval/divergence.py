@@ -7,7 +7,7 @@ has seen the same tokens: so the first place where its likeliest token differs i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from tinychat.engine.engine import Engine, running
 from tinychat.engine.prefill import embed_rest
 from tinychat.errors import ModelError
 from tinychat.eval.heldout import Item, Kind
+from tinychat.eval.logits import Predictions, without_logits
 from tinychat.inputs.processor import Prompt
 
 WHOLE = 8192  # tokens of vocabulary up to which all logits are kept
@@ -44,9 +45,9 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a model makes of a sequence: logits `[P, V]` at the scored positions, its layers' outputs `[L, T, D]`."""
+    """What a model makes of a sequence: logits at the scored positions, its layers' outputs `[L, T, D]`."""
 
-    logits: Tensor
+    logits: Predictions
     outputs: Tensor
 
 
@@ -130,23 +131,24 @@ def text_positions(prompt: Prompt) -> tuple[int, ...]:
 
 
 def read(engine: Engine, sequence: Held) -> Reading:
-    """One forward pass over prompt and answer. Raises ModelError for NaN or Inf in the logits."""
+    """One forward pass over prompt and answer. Raises ModelError for NaN or Inf."""
     model, prompt = cast("Any", engine.model), sequence.prompt
     with running():
         features: list[Tensor] = []
         for slot in prompt.slots:
             features += list(model.encode_images(engine.processor.pixels(prompt, [slot.image]).to(model.device)))
         whole = replace(prompt, ids=(*prompt.ids, *sequence.answer))
-        out = model(inputs_embeds=embed_rest(engine.model, whole, 0, features), output_hidden_states=True)
-        logits = out.logits[0, list(sequence.scored)].cpu()
+        with without_logits(model) as seen:
+            out = model(inputs_embeds=embed_rest(engine.model, whole, 0, features), output_hidden_states=True)
         outputs = torch.stack([state[0].cpu() for state in out.hidden_states[1:]])
-    check_finite(logits)
-    return Reading(logits, outputs)
+        scored = seen[0][0, list(sequence.scored)]
+    check_finite(scored)
+    return Reading(Predictions(scored, model.get_output_embeddings(), sequence.vocabulary), outputs)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raises ModelError for NaN or Inf."""
-    if not torch.isfinite(logits).all():
+def check_finite(numbers: Tensor) -> None:
+    """Raises ModelError for NaN or Inf in what a model gives."""
+    if not torch.isfinite(numbers).all():
         raise ModelError("the model gives NaN or Inf on held-out data", "check its weights")
 
 
@@ -162,8 +164,15 @@ def _vocabulary(engine: Engine) -> int:
     return engine.processor.config.text.vocab_size
 
 
-def coded(logits: Tensor) -> dict[str, Tensor]:
-    """Logits `[P, V]` as what is kept of them: `top` ids `[P]`, `ids` `[P, K]` (empty: all), `logp` fp64."""
+def coded(logits: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Logits, some rows `[n, V]` at a time, as what is kept of all P of them: `top` ids `[P]`, `ids` `[P, K]` (empty:
+    all), `logp` `[P, V]` or `[P, K + 1]`. Raises ModelError for NaN or Inf."""
+    parts = [_coded(some) for some in logits]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _coded(logits: Tensor) -> dict[str, Tensor]:
+    check_finite(logits)
     ids = logits.topk(KEPT, 1).indices if logits.shape[1] > WHOLE else torch.empty((len(logits), 0), dtype=torch.int64)
     return {"top": logits.argmax(1), "ids": ids.to(torch.int32), "logp": log_probabilities(logits, ids)}
 
@@ -183,14 +192,21 @@ def _log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([picked, rest], 1).float()
 
 
-def compare(sequence: Held, base: dict[str, Tensor], logits: Tensor) -> Compared:
-    """The other model's logits `[P, V]` against what was kept of the original's.
+def compare(sequence: Held, base: Mapping[str, Tensor], logits: Iterable[Tensor]) -> Compared:
+    """The other model's logits, some rows `[n, V]` at a time, against what was kept of the original's.
 
-    Where not all logits are kept, the KL is that of the coarser distributions: a lower bound, and close to it.
+    Where not all logits are kept, the KL is that of the coarser distributions: a lower bound, and close to it. Raises
+    ModelError for NaN or Inf.
     """
-    logp, logq = base["logp"].double(), log_probabilities(logits, base["ids"]).double()
-    kl = (logp.exp() * (logp - logq)).sum(1).clamp(min=0)
-    return Compared(sequence.kind, kl.numpy(), (logits.argmax(1) == base["top"]).numpy(), sequence.answered)
+    kl, same, done = list[Tensor](), list[Tensor](), 0
+    for some in logits:
+        check_finite(some)
+        kept = {name: tensor[done : done + len(some)] for name, tensor in base.items()}
+        logp, logq = kept["logp"].double(), log_probabilities(some, kept["ids"]).double()
+        kl.append((logp.exp() * (logp - logq)).sum(1).clamp(min=0))
+        same.append(some.argmax(1) == kept["top"])
+        done += len(some)
+    return Compared(sequence.kind, torch.cat(kl).numpy(), torch.cat(same).numpy(), sequence.answered)
 
 
 def summarize(compared: Sequence[Compared], seed: int = 0) -> Divergence:

@@ -16,17 +16,17 @@ from tinychat.engine.engine import Engine, running
 from tinychat.errors import ModelError, UsageError
 from tinychat.eval.divergence import Held, read
 from tinychat.eval.heldout import Item
+from tinychat.eval.logits import Predictions, without_logits
 from tinychat.inputs.processor import Processor
-
-ROWS = 512  # positions whose losses are computed at once
 
 
 class LanguageModel(Protocol):
-    """Ours or any of transformers': called with input_ids `[B, T]` it gives logits `[B, T, V]`."""
+    """Ours or any of transformers': called with input_ids `[B, T]` it runs its head, which gives logits `[B, T, V]`."""
 
     @property
     def device(self) -> torch.device: ...
     def __call__(self, input_ids: Tensor) -> Any: ...
+    def get_output_embeddings(self) -> Any: ...
 
 
 def perplexity(model: LanguageModel, ids: Sequence[int], seqlen: int) -> float:
@@ -69,11 +69,14 @@ def answered(processor: Processor, item: Item) -> Held:
     return Held(item.kind, prompt, answer, scored, len(answer), processor.config.text.vocab_size)
 
 
-def loss(logits: Tensor, targets: Sequence[int]) -> float:
-    """logits `[P, V]` -> the sum of P negative log-likelihoods."""
-    ids = torch.tensor(targets, device=logits.device)
-    pieces = zip(logits.split(ROWS), ids.split(ROWS), strict=True)
-    return math.fsum(float(cross_entropy(rows.float(), some, reduction="sum")) for rows, some in pieces)
+def loss(logits: Iterable[Tensor], targets: Sequence[int]) -> float:
+    """logits, some rows `[n, V]` at a time -> the sum of all P negative log-likelihoods."""
+    total, done = list[float](), 0
+    for some in logits:
+        ids = torch.tensor(targets[done : done + len(some)], device=some.device)
+        total.append(float(cross_entropy(some.float(), ids, reduction="sum")))
+        done += len(some)
+    return math.fsum(total)
 
 
 def exponential(total: float, tokens: int) -> float:
@@ -91,9 +94,9 @@ def windows_in(ids: Sequence[int], seqlen: int) -> int:
 
 def _window_loss(model: LanguageModel, window: Sequence[int]) -> float:
     """window `[T]` -> the sum of T - 1 negative log-likelihoods."""
-    with running():
-        logits = model(input_ids=torch.tensor([window], device=model.device)).logits[0]
-        return loss(logits[:-1], window[1:])
+    with running(), without_logits(model) as seen:
+        last = model(input_ids=torch.tensor([window], device=model.device)).logits
+    return loss(Predictions(seen[0][0, :-1], model.get_output_embeddings(), last.shape[-1]), window[1:])
 
 
 def text_ids(processor: Processor, text: str) -> tuple[int, ...]:

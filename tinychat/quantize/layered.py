@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tinychat.eval.card import Card, CardPlan, Column, Making, Measured, Note
 from tinychat.eval.divergence import Compared, Held
 from tinychat.eval.fidelity import Fidelity, OutputErrors, Weight
 from tinychat.eval.heldout import Item, fingerprint
+from tinychat.eval.logits import Predictions
 from tinychat.eval.perplexity import answered, exponential, loss, split, text_ids
 from tinychat.eval.spill import Spill
 from tinychat.inputs.processor import Processor, Prompt
@@ -199,22 +201,27 @@ class Layered:
             for name, side in self.sides.items():
                 hidden = states[name].get(at)["states"][list(passage.held.scored)]
                 logits = self._logits(side.source, self._normed(side.source, hidden), device)
-                if passage.targets:
-                    self.figures[name].loss += loss(logits, passage.targets)
+                counted = _counted(logits, passage.targets, self.figures[name])
                 if not passage.compared:
-                    continue
-                if name == "base":
-                    original = divergence.coded(logits)
+                    deque(counted, maxlen=0)
+                elif name == "base":
+                    original = divergence.coded(counted)
                 else:
-                    self.figures[name].compared.append(divergence.compare(passage.held, original, logits))
+                    self.figures[name].compared.append(divergence.compare(passage.held, original, counted))
 
-    def _logits(self, source: Source, hidden: Tensor, device: torch.device) -> Tensor:
-        """hidden `[P, D]` -> fp32 `[P, V]`, the head read in slices."""
-        hidden = hidden.to(device)
-        head = _get(source, HEAD if HEAD in source.index else EMBEDDINGS)
-        logits = torch.cat([hidden @ rows.to(device, torch.float32).T for rows in head.split(SLICE)], 1).cpu()
-        divergence.check_finite(logits)
-        return logits
+    def _logits(self, source: Source, hidden: Tensor, device: torch.device) -> Predictions:
+        """hidden `[P, D]` -> logits, the head read in slices."""
+        name, vocabulary = HEAD if HEAD in source.index else EMBEDDINGS, source.config.text.vocab_size
+
+        def head(some: Tensor) -> Tensor:
+            """[n, D] -> fp32 `[n, V]`."""
+            logits, done = torch.empty(len(some), vocabulary), 0
+            for weights in _get(source, name).split(SLICE):
+                logits[:, done : done + len(weights)] = some @ weights.to(device, torch.float32).T
+                done += len(weights)
+            return logits
+
+        return Predictions(hidden.to(device), head, vocabulary)
 
     def _column(self, name: str) -> Column:
         found, side = self.figures[name], self.sides[name]
@@ -225,6 +232,16 @@ class Layered:
         others = fidelity.compare_others(weights_of(side.source.index), weights_of(self.base.source.index))
         layers = fidelity.joined(found.outputs, found.weights)
         return replace(column, divergence=card.by_kind(found.compared), layers=layers, others=others)
+
+
+def _counted(logits: Predictions, targets: Sequence[int], figures: Figures) -> Iterator[Tensor]:
+    """The logits as they come; the loss of those that have targets is counted in passing."""
+    done = 0
+    for some in logits:
+        if targets:
+            figures.loss += loss([some], targets[done : done + len(some)])
+        done += len(some)
+        yield some
 
 
 def _get(source: Source, name: str) -> Tensor:
