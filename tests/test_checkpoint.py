@@ -542,6 +542,17 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     assert count * one * 0.9 < peak < (count + 1.5) * one
 
 
+def test_what_is_mapped_of_a_file_is_given_back(tmp_path, monkeypatch):
+    """A reader lives as long as some tensors, not as long as the file."""
+    write_safetensors(((f"{i}.weight", torch.full((256, 4), float(i))) for i in range(9)), tmp_path)
+    monkeypatch.setattr(checkpoint, "MAPPED", 2 * 4096)
+    opened: list[Path] = []
+    real = checkpoint.open_reader
+    monkeypatch.setattr(checkpoint, "open_reader", lambda path: opened.append(path) or real(path))
+    assert [float(tensor[0, 0]) for _, tensor in Index.of(tmp_path).stream()] == list(range(9))
+    assert opened == [tmp_path / "model.safetensors"] * 3  # three tensors each
+
+
 def test_the_model_owns_its_memory(tmp_path):
     """Overwriting the file in place afterwards changes nothing."""
     folder = saved(tmp_path, tensors())

@@ -25,6 +25,7 @@ Progress = Callable[[int, int], None]
 Devices = torch.device | str | Mapping[str, torch.device | str | int]
 
 SHARD_SIZE = 2**30  # a shard is held in memory while it is written
+MAPPED = 2**28  # bytes of a file that are mapped before they are given back
 LISTED = 20  # names of each kind in an error
 
 # Layout -> rules (a name's beginning on disk, its beginning in memory). The first rule that matches is used, and a
@@ -129,15 +130,18 @@ class Index:
         self._readers.clear()
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Every (name, tensor), file by file; a file is closed before the next one is opened.
+        """Every (name, tensor), file by file; a file is closed before the next one is opened, and now and then besides.
 
         A packed linear that lies across two files holds both.
         """
         readers: dict[Path, Reader] = {}
+        mapped = 0
         for name, entry in self._entries.items():
-            if entry.path not in readers:
+            if entry.path not in readers or (mapped > MAPPED and entry.path.suffix == ".safetensors"):
                 readers.clear()
+                mapped = 0
             yield name, entry.read(_opener(readers))
+            mapped += entry.nbytes
 
     def files(self, name: str) -> list[Path]:
         """The files that a tensor is read from."""
