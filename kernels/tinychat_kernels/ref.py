@@ -64,3 +64,72 @@ def _multiplies_integers(device: str) -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return torch.equal(found.double(), rows.double() @ rows.double().T)
+
+
+# What a decoder does between its linears; positions, slots and tokens are int32, one a row.
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x `[R, D]` plus delta, in x's dtype, and the RMS norm of that sum times weight (arXiv 1910.07467)."""
+    total = x if delta is None else x + delta
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, weight * normed.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate and up `[R, 2N]` -> silu(gate) * up `[R, N]` (arXiv 2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rope_kv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """qkv `[R, (Hq + 2 Hkv) D]` -> q `[R, Hq, D]` turned; turned k, and v, go into `[slots, Hkv, capacity, D]`.
+
+    cos and sin are fp32 `[positions, D/2]`; pairs are (i, i + D/2) (arXiv 2104.09864).
+    """
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    turned = _turned(heads[:, :-kv_heads], cos[positions], sin[positions])
+    keys[slots, :, positions] = turned[:, -kv_heads:].to(keys.dtype)
+    values[slots, :, positions] = heads[:, -kv_heads:].to(values.dtype)
+    return turned[:, :-kv_heads]
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x `[R, H, D]` by the angles of cos and sin `[R, D/2]`."""
+    left, right = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+def attn_decode(
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, window: int = 0,
+    begins: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """q `[R, Hq, D]` over the cached keys `[slots, Hkv, capacity, D]` up to and with each row's position -> the same.
+
+    At most `window` of them are seen (0: all), and none before `begins`.
+    """
+    groups = q.shape[1] // keys.shape[1]
+    out = torch.empty_like(q)
+    for row, (slot, last) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+        first = max(0 if begins is None else int(begins[row]), last + 1 - window if window else 0)
+        k, v = (part[slot, :, first : last + 1].to(q.dtype).repeat_interleave(groups, 0) for part in (keys, values))
+        scores = (k @ q[row, :, :, None])[..., 0] * q.shape[-1] ** -0.5
+        out[row] = (scores.softmax(-1, dtype=scores.dtype)[:, None] @ v)[:, 0]
+    return out
+
+
+def sample(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """logits `[R, V]` -> int32 tokens `[R]`, and fp32 log-probabilities before the temperature, which is fp32 `[R]`.
+
+    Temperature 0 takes the first of the highest; else the distribution function is inverted at `uniform`, in [0, 1).
+    """
+    wide = logits.double()
+    cumulative = (wide / temperature.double().clamp(min=1e-6)[:, None]).softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    tokens = torch.where(temperature == 0, wide.argmax(-1), drawn.clamp(max=logits.shape[1] - 1))
+    return tokens.int(), wide.log_softmax(-1).gather(1, tokens[:, None])[:, 0].float()

@@ -1,0 +1,292 @@
+"""The CUDA kernels' launches: what each entry takes, in order, and how many threads run it.
+
+Every function takes the launcher first: that of a GPU (tinychat_kernels.cuda), or the emulator's (kernels/emu), which
+runs the same entries on tensors of the CPU. A function computes into tensors that are there already, reads nothing
+back and allocates nothing, so that a CUDA graph can hold it. Entries end in the activations' dtype, `f16` or `bf16`.
+
+Arguments of an entry: a tensor is its address (None: a null pointer), an int is a C `int`, a float is a C `float`.
+Positions, slots and tokens are int32 tensors, as `tinychat_kernels.ref` says what each op computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tinychat_kernels.errors import KernelError
+
+Argument = Tensor | int | float | None
+Grid = tuple[int, int, int]
+
+DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+WARP = 32
+VECTOR = 8  # 16-bit values that a thread loads at once
+MOST_THREADS = 1024
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
+
+
+class Launch(Protocol):
+    """Runs one entry of a unit (csrc/cuda/<unit>.cu); `shared` is its dynamic shared memory in bytes."""
+
+    def __call__(self, unit: str, entry: str, grid: Grid, block: int, shared: int, *args: Argument) -> None: ...
+
+
+class Layer(NamedTuple):
+    """One layer of a cache: keys and values `[slots, Hkv, capacity, D]`, of the activations' dtype or int8.
+
+    int8 ones have a scale a token and head: fp32 `[slots, Hkv, capacity]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """For each of R query rows, int32 `[R]`: its slot in the cache, its position, and the first position it may see.
+
+    Rows of one sequence may stand beside each other (a chunk): all of them are written before any is read.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    begins: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads of an attention, its sliding window (0: none), and the scale of its scores."""
+
+    queries: int
+    keys: int
+    dim: int
+    window: int = 0
+
+    @property
+    def width(self) -> int:
+        """Channels of q, k and v together."""
+        return (self.queries + 2 * self.keys) * self.dim
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+
+# norm.cu
+
+
+def add_rms_norm(launch: Launch, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+    """x `[R, D]` += delta, in place; out = its RMS norm times weight `[D]`. D is a multiple of 8.
+
+    add_rms_norm_{t}(T* x, const T* delta, const T* weight, T* out, int width, float eps); a block a row.
+    """
+    rows, width = x.shape
+    _multiple("width", width, VECTOR)
+    launch(
+        "norm",
+        f"add_rms_norm_{_kind(x)}",
+        (rows, 1, 1),
+        row_threads(width),
+        0,
+        x,
+        delta,
+        weight,
+        out,
+        width,
+        float(eps),
+    )
+
+
+def swiglu(launch: Launch, gate_up: Tensor, out: Tensor) -> None:
+    """gate_up `[R, 2N]` -> out `[R, N]` = silu(gate) * up. N is a multiple of 8.
+
+    swiglu_{t}(const T* gate_up, T* out, int inner); 8 values a thread, blocks x over the row, y over rows.
+    """
+    rows, inner = out.shape
+    _multiple("intermediate size", inner, VECTOR)
+    blocks = -(-inner // (VECTOR * 256))
+    launch("norm", f"swiglu_{_kind(out)}", (blocks, rows, 1), 256, 0, gate_up, out, inner)
+
+
+def row_threads(width: int) -> int:
+    """Threads of a block that holds one row of 16-bit values, 8 a thread and step."""
+    return min(MOST_THREADS, -(-width // VECTOR // WARP) * WARP)
+
+
+# rope_kv.cu
+
+
+def rope_kv(launch: Launch, qkv: Tensor, tables: tuple[Tensor, Tensor], where: Where, heads: Heads, to: Layer) -> None:
+    """qkv `[R, (Hq + 2 Hkv) D]`: q is turned in place, k is turned and stored, v is stored, at each row's position.
+
+    cos and sin are fp32 `[positions, D/2]`; pairs are (i, i + D/2). A block a head (q, then k, then v) and row.
+    rope_kv_{t}(T* qkv, const float* cos, const float* sin, const int* positions, const int* slots, T* keys, T* values,
+                int heads, int kv_heads, int head_dim, int capacity)
+    rope_kv_{t}_kv8: int8_t* keys and values, and after them float* key_scales, float* value_scales: amax / 127.
+    """
+    cos, sin = tables
+    rows = len(qkv)
+    capacity = to.keys.shape[2]
+    launch(
+        "rope_kv", f"rope_kv_{_kind(qkv)}{_cached(to)}", (heads.queries + 2 * heads.keys, rows, 1),
+        -(-heads.dim // 2 // WARP) * WARP, 0,
+        qkv, cos, sin, where.positions, where.slots, *_parts(to), heads.queries, heads.keys, heads.dim, capacity,
+    )  # fmt: skip
+
+
+# attn_decode.cu
+
+
+class Partial(NamedTuple):
+    """What splits of an attention leave: fp32 sums `[R, Hq, S, D]`, and (maximum, sum of weights) `[R, Hq, S, 2]`."""
+
+    sums: Tensor
+    stats: Tensor
+
+
+def attention_splits(kv_heads: int, capacity: int, processors: int) -> int:
+    """Parts that a row's keys are cut into: two blocks a processor, and no part below 64 keys. Rows do not count."""
+    return max(1, min(-(-2 * processors // kv_heads), -(-capacity // 64), 128))
+
+
+def attn_decode(
+    launch: Launch, q: Tensor, where: Where, heads: Heads, cached: Layer, partial: Partial, out: Tensor
+) -> None:
+    """q, the first Hq D channels of rows `[R, stride]`, over the keys up to each row's position -> out `[R, Hq D]`.
+
+    A block is a split, a key head with all its query heads, and a row. The keys of a row are cut evenly into gridDim.x
+    parts (rounded up to 32 keys); a part without keys leaves a maximum of -inf and a sum of 0.
+    attn_decode_{t}_d{D}(const T* q, const T* keys, const T* values, const int* positions, const int* slots,
+                         const int* begins, float* sums, float* stats, int q_stride, int heads, int kv_heads,
+                         int capacity, int window, float scale)
+    attn_decode_{t}_d{D}_kv8: int8_t* keys, values, then const float* key_scales, value_scales.
+    attn_combine_{t}_d{D}(const float* sums, const float* stats, T* out, int splits); a block a head (x) and row (y).
+    """
+    if heads.dim not in HEAD_DIMS:
+        raise KernelError(f"heads of {heads.dim} channels: {', '.join(map(str, HEAD_DIMS))} are supported")
+    rows, splits = len(q), partial.sums.shape[2]
+    name = f"{_kind(q)}_d{heads.dim}"
+    launch(
+        "attn_decode", f"attn_decode_{name}{_cached(cached)}", (splits, heads.keys, rows), 128, 0,
+        q, *_parts(cached)[:2], where.positions, where.slots, where.begins, *partial, *_parts(cached)[2:],
+        q.stride(0), heads.queries, heads.keys, cached.keys.shape[2], heads.window, heads.scale,
+    )  # fmt: skip
+    launch("attn_decode", f"attn_combine_{name}", (heads.queries, rows, 1), heads.dim, 0, *partial, out, splits)
+
+
+# int8_linear.cu
+
+
+def quantize_rows(launch: Launch, x: Tensor, values: Tensor, scales: Tensor, activation: str = "none") -> None:
+    """x `[M, K]`, through an activation -> int8 `[M, K]` and fp32 scales `[M]`, as int8.quantize_tokens. K: 16 | K.
+
+    quantize_rows_{t}(const T* x, int8_t* values, float* scales, int width, int activation); a block a row.
+    """
+    rows, width = x.shape
+    _multiple("width", width, 16)
+    launch(
+        "int8_linear", f"quantize_rows_{_kind(x)}", (rows, 1, 1), row_threads(width), 0,
+        x, values, scales, width, ACTIVATIONS[activation],
+    )  # fmt: skip
+
+
+INT8_TILE = (64, 64)  # rows and outputs of a block of int8_gemm
+
+
+def int8_gemm(
+    launch: Launch, x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor
+) -> None:
+    """int8 x `[M, K]` with fp32 scales `[M]`, times int8 weight `[N, K]` with fp32 scales `[N]` -> out `[M, N]`.
+
+    Any M and N; 16 | K. int8_gemm_{t}(const int8_t* x, const float* x_scales, const int8_t* weight,
+    const float* scales, const T* bias, T* out, int rows, int inputs, int outputs)
+    """
+    (values, steps), (rows_of, scales) = x, weight
+    rows, inputs = values.shape
+    _multiple("inputs", inputs, 16)
+    outputs = out.shape[1]
+    grid = (-(-outputs // INT8_TILE[1]), -(-rows // INT8_TILE[0]), 1)
+    launch(
+        "int8_linear", f"int8_gemm_{_kind(out)}", grid, 128, 0, values, steps, rows_of, scales, bias, out,
+        rows, inputs, outputs,
+    )  # fmt: skip
+
+
+def w8_gemv(launch: Launch, x: Tensor, weight: Tensor, scales: Tensor, out: Tensor) -> None:
+    """x `[M, K]`, M up to 8, times int8 weight `[N, K]` with half-precision scales `[N, K/G]` -> fp32 out `[M, N]`.
+
+    16 | G, which is the width or divides it. A warp computes an output for all rows.
+    w8_gemv_{t}_m{M}(const T* x, const int8_t* weight, const half* scales, float* out,
+                     int inputs, int outputs, int group)
+    """
+    rows, inputs = x.shape
+    outputs, groups = scales.shape
+    _multiple("group", inputs // groups, 16)
+    launch(
+        "int8_linear", f"w8_gemv_{_kind(x)}_m{rows}", (-(-outputs // 4), 1, 1), 4 * WARP, 0,
+        x, weight, scales, out, inputs, outputs, inputs // groups,
+    )  # fmt: skip
+
+
+# sample.cu
+
+SAMPLE_BLOCKS = 32  # that share a row of logits
+
+
+class Draw(NamedTuple):
+    """What a draw takes and leaves, a value a row: fp32 temperature (0: the likeliest token) and uniform in [0, 1);
+    int32 token, fp32 its log-probability before the temperature; fp32 scratch `[R, SAMPLE_BLOCKS, 4]`."""
+
+    temperature: Tensor
+    uniform: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    scratch: Tensor
+
+
+def sample(launch: Launch, logits: Tensor, draw: Draw, positions: Tensor) -> None:
+    """logits `[R, V]`, f16, bf16 or f32 -> a token a row, and positions += 1: the next step's inputs.
+
+    The first of equal logits counts as the likeliest; a draw inverts the distribution at `uniform`. Where logits hold
+    NaN or no finite maximum, the log-probability is NaN.
+    sample_parts_{t}(const T* logits, const float* temperature, float* scratch, int vocabulary); x blocks a row, y rows
+    sample_pick_{t}(const T* logits, const float* temperature, const float* uniform, const float* scratch, int* tokens,
+                    float* logprobs, int* positions, int vocabulary, int blocks); a block a row
+    """
+    rows, vocabulary = logits.shape
+    kind = _kind(logits)
+    launch(
+        "sample", f"sample_parts_{kind}", (SAMPLE_BLOCKS, rows, 1), 256, 0,
+        logits, draw.temperature, draw.scratch, vocabulary,
+    )  # fmt: skip
+    launch(
+        "sample", f"sample_pick_{kind}", (rows, 1, 1), 256, 0,
+        logits, draw.temperature, draw.uniform, draw.scratch, draw.tokens, draw.logprobs, positions, vocabulary,
+        SAMPLE_BLOCKS,
+    )  # fmt: skip
+
+
+def _kind(x: Tensor) -> str:
+    if x.dtype not in DTYPES:
+        raise KernelError(f"activations are {x.dtype}; the CUDA kernels take {', '.join(map(str, DTYPES))}")
+    return DTYPES[x.dtype]
+
+
+def _cached(layer: Layer) -> str:
+    return "_kv8" if layer.keys.dtype == torch.int8 else ""
+
+
+def _parts(layer: Layer) -> Sequence[Tensor]:
+    return [part for part in layer if part is not None]
+
+
+def _multiple(name: str, size: int, of: int) -> None:
+    if size % of:
+        raise KernelError(f"a {name} of {size} is no multiple of {of}")
