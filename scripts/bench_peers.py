@@ -7,6 +7,9 @@ Each program is a process of its own, and is stopped while another one is measur
 read bandwidth and int8 speed are taken. A round's order is drawn anew; ratios are taken round by round. Whole models:
 tinychat, llama.cpp, transformers, GPTQModel. Linears alone, with neither attention nor norms: ONNX Runtime, OpenVINO,
 torch. The weights are made once and kept in --folder, where the results go too: .json, .md, .png.
+
+With --picture N a CLIP ViT-L/14-336 stands before the decoder, and two tasks are measured instead, tinychat beside
+transformers: encoding a picture, and the way from its pixels and N tokens of text to the first token of an answer.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import psutil
 from make_tiny_model import make_tiny_model
 from peers import report
 from peers.process import Peer, PeerError, Process
-from peers.protocol import Decoder, Json, Setup
+from peers.protocol import Decoder, Json, Setup, Tower
 from tinychat import doctor
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,8 @@ SHAPES = {
     "3b": Decoder(32000, 2560, 6912, 32, 20, 20),  # VILA-1.5-3B
     "8b": Decoder(128256, 4096, 14336, 32, 32, 8),  # VILA-1.5-8B
 }
+CLIP_L = Tower(1024, 4096, 24, 16, 336, 14)
+TOWERS = {"tiny": Tower(64, 128, 2, 2, 56, 14)}  # of other shapes it is CLIP_L
 GROUP = 128
 GGUF = ("q4_0", "q4_k_m")
 PEERS = (
@@ -59,6 +64,11 @@ PEERS = (
     Peer("transformers bf16", "transformers_peer", "own"),
     Peer("transformers GPTQModel", "transformers_peer", "gptqmodel", {"checkpoint": "awq"}, ("awq",)),
 )
+WITH_PICTURES = (
+    Peer("tinychat", "picture_peer", "own", {"checkpoint": "vila"}, ("vila",)),
+    Peer("float tower of tinychat", "picture_peer", "own", {"checkpoint": "vila", "tower": "float"}, ("vila",)),
+    Peer("transformers bf16", "transformers_picture_peer", "own"),
+)
 MACHINE = Peer("machine", "machine", "own")
 MACHINE_KINDS = ("read", "int8")
 LEAST_FREE = 0.25  # of the memory: below it a program is closed after its turn
@@ -76,6 +86,11 @@ class Task:
     @property
     def name(self) -> str:
         return f"{self.kind} {self.tokens}" + (f" at {self.depth}" if self.depth else "")
+
+    @property
+    def is_once(self) -> bool:
+        """Whether it is one thing that takes its time, rather than so many tokens."""
+        return self.kind in ("encode", "picture")
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,8 @@ class Comparison:
         speed = process.run(task.kind, self.lengths[key], task.depth)
         values = self.samples[key]
         values += [None] * (number - 1 - len(values)) + [speed]
-        say(f"round {number} {process.peer.name}: {task.name} {speed:.1f} tokens/s")
+        what = f"{1000 * task.tokens / speed:.0f} ms" if task.is_once else f"{speed:.1f} tokens/s"
+        say(f"round {number} {process.peer.name}: {task.name} {what}")
 
     def _length(self, task: Task, speed: float) -> int:
         """Tokens of a decoding that takes no more than the seconds allowed."""
@@ -189,14 +205,13 @@ def make_weights(plan: Plan, shape: Decoder) -> None:
     """The model's files, where they are not there yet; what a missing peer would have made is left out."""
     folder = Path(plan.setup.folder)
     wanted = {name for peer in plan.peers for name in peer.files}
-    if "awq" in wanted and not (folder / "awq" / "config.json").exists():
-        say("making our checkpoint")
-        sizes = {key: value for key, value in asdict(shape).items() if key != "layers"}
-        made = make_tiny_model(
-            folder / "awq.part", "text", dtype="float16", quantize=GROUP, layers=shape.layers,
-            max_positions=16384, **sizes,
-        )  # fmt: skip
-        made.rename(folder / "awq")
+    for name, layout in (("awq", "text"), ("vila", "vila")):
+        if name in wanted and not (folder / name / "config.json").exists():
+            say(f"making our checkpoint {name}")
+            sizes = {**asdict(shape), **_tower_sizes(plan.setup.tower)}
+            part = folder / f"{name}.part"
+            make_tiny_model(part, layout, dtype="float16", quantize=GROUP, max_positions=16384, **sizes)
+            part.rename(folder / name)
     kinds = [kind for kind in GGUF if f"{kind}.gguf" in wanted]
     python = plan.environments / "runtimes" / "bin" / "python"
     if kinds and python.exists() and not all((folder / f"{kind}.gguf").exists() for kind in kinds):
@@ -208,6 +223,14 @@ def make_weights(plan: Plan, shape: Decoder) -> None:
                 say(f"llama.cpp's files were not made: see {folder / 'make_gguf.log'}")
 
 
+def _tower_sizes(tower: Tower | None) -> Json:
+    """In make_tiny_model's words."""
+    if tower is None:
+        return {}
+    sizes = asdict(tower)
+    return {key if key in ("image_size", "patch_size") else f"vision_{key}": value for key, value in sizes.items()}
+
+
 def result(plan: Plan, done: Comparison, shape: str) -> Json:
     """The object that is written."""
     machine: Json = {"cpu": doctor.cpu()["name"], "cores": os.cpu_count(), "load": os.getloadavg()}
@@ -217,7 +240,10 @@ def result(plan: Plan, done: Comparison, shape: str) -> Json:
     )
     speeds = report.speeds(done.samples)
     best = machine.get("read", {}).get("max")
+    once = {task.name: task.tokens for task in plan.tasks if task.is_once}
     for row in speeds:
+        if row["task"] in once:
+            row["milliseconds"] = 1000 * once[row["task"]] / row["median"]
         streamed = done.programs[row["program"]].get("bytes_per_token")
         if best and streamed and row["task"].startswith(("decode", "linears 1")):
             row["of_best_read"] = row["median"] * streamed / best
@@ -227,6 +253,7 @@ def result(plan: Plan, done: Comparison, shape: str) -> Json:
         "commit": commit.stdout.strip(),
         "shape": shape,
         "sizes": asdict(plan.setup.shape),
+        "tower": None if plan.setup.tower is None else asdict(plan.setup.tower),
         "threads": plan.setup.threads,
         "rounds": plan.rounds,
         "machine": machine,
@@ -241,6 +268,9 @@ def say(text: str) -> None:
 
 
 def tasks_of(args: argparse.Namespace) -> Iterator[Task]:
+    if args.picture is not None:
+        yield from (Task("encode", 1), Task("picture", args.picture))
+        return
     for depth in args.depth:
         yield Task("decode", args.decode, depth)
     for tokens in args.prefill:
@@ -250,12 +280,12 @@ def tasks_of(args: argparse.Namespace) -> Iterator[Task]:
     yield Task("rows", args.decode)
 
 
-def chosen(names: Sequence[str]) -> tuple[Peer, ...]:
+def chosen(names: Sequence[str], peers: Sequence[Peer] = PEERS) -> tuple[Peer, ...]:
     """The peers whose names begin with one of these; all of them where none is given."""
-    found = tuple(peer for peer in PEERS if not names or any(peer.name.startswith(name) for name in names))
+    found = tuple(peer for peer in peers if not names or any(peer.name.startswith(name) for name in names))
     if not found:
         raise SystemExit(
-            f"no program's name begins with {' or '.join(names)}; there are {', '.join(p.name for p in PEERS)}"
+            f"no program's name begins with {' or '.join(names)}; there are {', '.join(p.name for p in peers)}"
         )
     return found
 
@@ -265,9 +295,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     folder.mkdir(parents=True, exist_ok=True)
     tasks = tuple(tasks_of(args))
     context = max(task.depth + task.tokens for task in tasks) + 64
-    setup = Setup(SHAPES[args.shape], args.threads, context, str(folder.resolve()))
+    tower = None if args.picture is None else TOWERS.get(args.shape, CLIP_L)
+    setup = Setup(SHAPES[args.shape], args.threads, context, str(folder.resolve()), tower=tower)
     environments = args.peers or doctor.cache_folder() / "peers"
-    return Plan(setup, chosen(args.only), tasks, args.rounds, args.seconds, environments.resolve())
+    peers = chosen(args.only, PEERS if tower is None else WITH_PICTURES)
+    return Plan(setup, peers, tasks, args.rounds, args.seconds, environments.resolve())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -281,6 +313,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--depth", type=numbers, default=[0, 4096], help="contexts to decode at (0,4096)")
     made.add_argument("--prefill", type=numbers, default=[512, 2048], help="prompts (512,2048)")
     made.add_argument("--linears", type=numbers, default=[1, 512], help="rows for the linears alone (1,512)")
+    made.add_argument("--picture", type=int, metavar="N", help="measure a picture and N tokens of text instead")
     made.add_argument("--seconds", type=float, default=6, help="of a decoding, at most (%(default)s)")
     made.add_argument("--peers", type=Path, help="the folder of scripts/setup_peers")
     made.add_argument("--folder", type=Path, help="for the weights and the results")

@@ -49,15 +49,38 @@ class Decoder:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The sizes of a CLIP tower, whose last layer but one goes through two linears to the decoder."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    image_size: int
+    patch_size: int
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
 class Setup:
     """What a program is opened with: the decoder's sizes, threads, the most tokens of context, a folder of files that
-    are made before, and the program's own options."""
+    are made before, the program's own options, and for tasks with pictures the tower's sizes."""
 
     shape: Decoder
     threads: int
     context: int
     folder: str
     options: Json = field(default_factory=dict)
+    tower: Tower | None = None
+
+    @classmethod
+    def of(cls, given: Json) -> Setup:
+        """What `asdict` made of one."""
+        shape, tower = Decoder(**given.pop("shape")), given.pop("tower")
+        return cls(shape, **given, tower=None if tower is None else Tower(**tower))
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ def serve(open_program: Callable[[Setup], Program]) -> None:
         try:
             asked = json.loads(line)
             if program is None:
-                program = open_program(Setup(Decoder(**asked.pop("shape")), **asked))
+                program = open_program(Setup.of(asked))
                 answer = asdict(program.facts())
             else:
                 answer = {"tokens": asked["tokens"], "seconds": program.run(**asked)}

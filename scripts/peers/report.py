@@ -59,6 +59,11 @@ def markdown(found: Json) -> str:
         "order is drawn anew each time, and programs that wait are stopped.",
         "",
     ]
+    if found.get("tower"):
+        lines += [
+            "encode 1: pictures a second. picture N: N over the seconds from pixels to the first token. ms: of one."
+        ]
+        lines += [""]
     if read:
         lines.append(_best("Memory reads", read, 1e9, "GB/s"))
     if int8:
@@ -87,13 +92,14 @@ def _program_lines(found: Json) -> list[str]:
 
 def _speed_lines(found: Json) -> list[str]:
     rows = [
-        "| task | program | median | quartiles | least | most | of the best read |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| task | program | median | quartiles | least | most | of the best read | ms |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(found["speeds"], key=lambda row: (row["task"], -row["median"])):
         quarters = f"{row['q1']:.1f} .. {row['q3']:.1f}"
         numbers = f"{row['median']:.1f} | {quarters} | {row['min']:.1f} | {row['max']:.1f}"
-        rows.append(f"| {row['task']} | {row['program']} | {numbers} | {_share(row)} |")
+        once = f"{row['milliseconds']:.4g}" if "milliseconds" in row else ""
+        rows.append(f"| {row['task']} | {row['program']} | {numbers} | {_share(row)} | {once} |")
     return rows
 
 

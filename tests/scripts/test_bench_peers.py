@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -72,6 +73,48 @@ def test_what_dies_is_named_with_its_code(tmp_path: Path):
     assert "no_such_peer" in (tmp_path / "x.log").read_text()
 
 
+def test_a_setup_arrives_as_it_was_sent(tmp_path: Path):
+    for tower in (None, bench_peers.TOWERS["tiny"]):
+        sent = dataclasses.replace(setup(tmp_path, kind="bf16"), tower=tower)
+        assert Setup.of(json.loads(json.dumps(dataclasses.asdict(sent)))) == sent
+
+
+def test_a_picture_is_the_only_task_where_it_is_asked_for(tmp_path: Path):
+    def plan(*arguments: str) -> bench_peers.Plan:
+        return bench_peers.plan_of(bench_peers.parser().parse_args([*arguments, "--folder", str(tmp_path)]))
+
+    found = plan("--picture", "32")
+    assert [task.name for task in found.tasks] == ["encode 1", "picture 32"]
+    assert found.setup.tower == bench_peers.CLIP_L and found.setup.tower.image_tokens == 576
+    assert {peer.name for peer in found.peers} >= {"tinychat", "transformers bf16"}
+    assert plan().setup.tower is None and not any(task.is_once for task in plan().tasks)
+
+
+def test_a_page_says_what_one_takes_in_milliseconds():
+    row = {"program": "tinychat", "task": "encode 1", "milliseconds": 333.333, **report.spread([3.0])}
+    assert report._speed_lines({"speeds": [row]})[-1].endswith("|  | 333.3 |")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_pictures_are_compared_with_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shape = Decoder(vocab_size=320, hidden_size=128, intermediate_size=256, layers=1, heads=2, kv_heads=1)
+    monkeypatch.setattr(bench_peers, "SHAPES", {"tiny": shape})
+    arguments = ["--shape", "tiny", "--rounds", "2", "--threads", "1", "--picture", "6", "--folder", str(tmp_path)]
+    assert bench_peers.main(arguments) == 0
+    found = json.loads(next(tmp_path.glob("result-*.json")).read_text())
+    assert found["tower"]["image_size"] == 56 and set(found["programs"]) == {p.name for p in bench_peers.WITH_PICTURES}
+    rows = {(row["task"], row["program"]): row for row in found["speeds"]}
+    assert len(rows) == 2 * len(bench_peers.WITH_PICTURES)
+    for (task, _), row in rows.items():
+        tokens = {"encode 1": 1, "picture 6": 6}[task]
+        assert row["rounds"] == 2 and row["milliseconds"] == pytest.approx(1000 * tokens / row["median"])
+    assert ("picture 6", "transformers bf16") in {(row["task"], row["peer"]) for row in found["ratios"]}
+    assert "| encode 1 | transformers bf16 |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_comparison_becomes_an_object_a_page_and_a_chart(
@@ -88,10 +131,10 @@ def test_a_comparison_becomes_an_object_a_page_and_a_chart(
     assert tasks == {"decode 8", "decode 8 at 4", "prefill 8", "linears 1", "linears 4", "rows 8"}
     assert all(row["rounds"] == 2 for row in found["speeds"])
     assert {(row["task"], row["peer"]) for row in found["ratios"]} == {
-        ("linears 1", "torch bf16"), ("linears 4", "torch bf16"),
+        ("linears 1", "torch bf16"), ("linears 4", "torch bf16"), *((task, "tinychat exact") for task in tasks),
     }  # fmt: skip
     assert found["programs"]["llama.cpp Q4_0"]["error"] == "q4_0.gguf was not made"
-    assert found["machine"]["read"]["rounds"] == 4 and found["machine"]["read"]["min"] > 0
+    assert found["machine"]["read"]["rounds"] == 6 and found["machine"]["read"]["min"] > 0
     page = capsys.readouterr().out
     assert "| llama.cpp Q4_0 | left out: q4_0.gguf was not made |" in page
     assert "| linears 1 | torch bf16 |" in page
