@@ -14,6 +14,8 @@ CLOSED = {  # shown as one line: what is below mirrors something else, or is dat
     "tests": "mirror the source",
     "tinychat/assets": "the embedded model and its sample pictures",
     "kernels/tinychat_kernels/csrc/cpu": "the CPU kernels in C++17: a plain C interface, instruction sets at run time",
+    "kernels/tinychat_kernels/csrc/cuda": "the CUDA kernels: raw pointers, no torch header, PTX in device.cuh alone",
+    "kernels/emu": "runs the CUDA kernels on a CPU, for tests; never shipped",
 }
 WIDTH, LONGEST = 26, 110
 
