@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +14,8 @@ from quantize_runs import begun, job, made, model
 
 from tinychat.errors import CapacityError
 from tinychat.quantize import plan
+from tinychat.quantize.card_plan import LAYERS
+from tinychat.quantize.plan import size as size_of
 from tinychat.quantize.run import Run
 
 
@@ -21,6 +28,31 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(models, 
         with pytest.raises(CapacityError, match=sentence):
             made(job(source, tmp_path / "out", **limit))
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "device"])
+def test_what_only_the_card_needs_is_called_so(models, tmp_path, kind):
+    made = Run(job(model(models), tmp_path / "out", card=True, card_samples=1)).plan
+    ample = replace(made, card_device=2**30, device_limit=2**31, card_disk=made.work_disk + 2**20)
+    needed, without, limit = {
+        "memory": (ample.peak_ram, max(size for stage, size in ample.ram.items() if stage != "card"), "ram_limit"),
+        "disk": (ample.disk, ample.work_disk, "disk_limit"),
+        "device": (ample.device, ample.work_device, "device_limit"),
+    }[kind]
+    assert needed > without
+    ample.check(tmp_path)
+    tight = replace(ample, **{limit: without})
+    sentence = (
+        rf"^{size_of(needed)} .*needed.* {size_of(without)} are allowed or free, while {size_of(without)} would do "
+        r"without the quality card; give --no-card \(tinychat eval OUT --against MODEL --card makes one later\), or "
+    )
+    with pytest.raises(CapacityError, match=sentence):
+        tight.check(tmp_path)
+    replace(tight, card="none", ram={"layers": without}, card_disk=0, card_device=0).check(tmp_path)
+    if without:
+        with pytest.raises(CapacityError, match="needed") as found:
+            replace(ample, **{limit: without - 1}).check(tmp_path)
+        assert "quality card" not in str(found.value)
 
 
 def test_states_are_spilled_and_the_tower_streamed_where_memory_is_short(models, tmp_path):
@@ -48,6 +80,33 @@ def test_the_plan_knows_the_size_of_the_result(models, tmp_path):
     *_, _end = run.events()
     weights = sum(path.stat().st_size for path in wanted.out.rglob("*.safetensors"))
     assert abs(weights - run.plan.output) < 0.05 * weights + 20_000
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from tinychat.eval import prose
+prose.PROSE = prose.PROSE[:1200]  # before it is put into a set
+from quantize_runs import job
+from tinychat.eval import heldout, tasks
+from tinychat.quantize.plan import costs, with_card
+from tinychat.quantize.run import Run
+heldout.ANSWER_TOKENS = tasks.ANSWER_TOKENS = 4
+run = Run(job(Path(sys.argv[1]), Path(sys.argv[2]), method="rtn", card=True, card_samples=1, threads=1))
+run.plan = with_card(run.plan, run.job, costs(run.job, run.source).of(sys.argv[3]))
+*_, end = run.events()
+print(json.dumps({"peak": end.facts["peak_ram"], "planned": run.plan.peak_ram, **run.plan.ram}))
+"""
+
+
+@pytest.mark.parametrize("way", ["float32", LAYERS])
+def test_the_card_of_a_wide_vocabulary_keeps_to_the_plan(models, tmp_path, way):
+    """In a process of its own: memory that other tests gave back would hide what is taken."""
+    source = model(models, vocab_size=2**17, layers=1)
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), way]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert found["card"] == found["planned"] > found["peak"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor
 from tinychat.engine.engine import running
 
 NUMBERS = 2**22  # logits at once
-BYTES = 32  # of each, while it is compared: twice in float32, and in float64 with their logarithms
+BYTES = 48  # of each, while it is compared: twice in float32, twice in float64, and what the allocator keeps of it
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,6 +33,11 @@ class Predictions:
 def rows(vocabulary: int) -> int:
     """Positions at once."""
     return max(1, NUMBERS // vocabulary)
+
+
+def memory(vocabulary: int, positions: int) -> int:
+    """Bytes that the logits of so many positions take, some of them at once, with what they are compared by."""
+    return BYTES * min(positions, rows(vocabulary)) * vocabulary
 
 
 @contextmanager

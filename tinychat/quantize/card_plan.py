@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinychat import planner
-from tinychat.checkpoint import Index
+from tinychat.checkpoint import MAPPED, Index
 from tinychat.config import FLOAT_TYPES
 from tinychat.core import Request, Text
 from tinychat.engine.engine import CONTEXT
-from tinychat.eval import card, heldout, probes
+from tinychat.eval import card, divergence, heldout, probes
 from tinychat.eval.card import CardPlan
 from tinychat.eval.heldout import speaks_demo
+from tinychat.eval.logits import memory
 from tinychat.inputs.processor import Processor
 from tinychat.quantize.job import Job, Source, linears
 
@@ -118,21 +119,31 @@ class Costs:
         numbers = _numbers(source)
         states = (text.num_hidden_layers + 8) * work.longest * text.hidden_size * FLOAT
         scores = work.longest * (text.num_attention_heads * work.longest + 4 * text.intermediate_size) * FLOAT
-        logits = work.longest * text.vocab_size * 4 * FLOAT
         context = min(text.max_position_embeddings, CONTEXT) * planner.kv_bytes(text, dtype)
-        model = numbers * dtype.itemsize + context + max(states + scores + logits, self.looking)
-        rest = SPILL + FIT * FLOAT * _largest(source)
+        running = context + max(states + scores + self._predictions(), self.looking)
+        model = numbers * dtype.itemsize + max(running, min(MAPPED, source.index.total_bytes))
+        rest = SPILL + FIT * FLOAT * _largest(source) + self._tables()
         per_token = 2 * _weights(source)
         tokens = 4 * work.once + 3 * (work.probed + work.window_tokens)
         pictures = 4 * work.dialogues + 3 * work.probes
         said = (work.texts + work.dialogues) * work.answer + 3 * work.probes * SHORT
         return CardCost(
             how,
-            ram=rest + (_largest(source) * FLOAT if self.cuda else model),
+            ram=rest + (_largest(source) * FLOAT + self._predictions() if self.cuda else model),
             device=model if self.cuda else 0,
             products=per_token * tokens + pictures * _picture_products(source),
             streamed=float(said * _weights(source) * dtype.itemsize),
         )
+
+    def _predictions(self) -> int:
+        """Logits at some positions, and what is kept of those of a whole dialogue, twice."""
+        vocabulary = self.source.config.text.vocab_size
+        kept = 2 * FLOAT * self.work.longest * min(vocabulary, divergence.WHOLE)
+        return memory(vocabulary, self.work.longest) + kept
+
+    def _tables(self) -> int:
+        """Embeddings or a head as they lie on the disk: pages of a mapped file count while it is looked at."""
+        return self.source.index.entry(EMBEDDINGS).nbytes
 
     def _in_layers(self, whole: int) -> CardCost:
         source, work, text = self.source, self.work, self.source.config.text
@@ -143,14 +154,13 @@ class Costs:
         passing = work.longest * (
             6 * text.hidden_size + 2 * heads + 4 * text.intermediate_size + text.num_attention_heads * work.longest
         )
-        predictions = max(work.answer, 256) * text.vocab_size * 4
-        computing = FLOAT * (3 * layer + passing + SLICE * text.hidden_size + predictions) + self.looking
+        computing = FLOAT * (3 * layer + passing + SLICE * text.hidden_size) + self._predictions() + self.looking
         tokens = work.once + work.window_tokens
         states = FLOAT * tokens * text.hidden_size
-        waiting = 6 * min(states, STATES)
+        rest = 6 * min(states, STATES) + FIT * FLOAT * _largest(source) + 2 * self._tables()
         return CardCost(
             LAYERS,
-            ram=waiting + FIT * FLOAT * _largest(source) + (0 if self.cuda else computing),
+            ram=rest + (self._predictions() if self.cuda else computing),
             device=computing if self.cuda else 0,
             whole=whole,
             disk=0 if states <= STATES else 6 * states,

@@ -40,6 +40,9 @@ INVERSION = 4.0  # operations a number of such a matrix and row: two factors and
 FREE_SHARE = 0.9  # of the free memory may be used where --max-ram does not say
 COPIED = 4  # pieces of a tensor at once, as it is copied
 TABLES = 4 * 2**20  # bytes of the manifest, configs and the log
+CARD = "card"  # among the stages
+PARTS = ("work_device", "work_disk", "card_device", "card_disk")
+NO_CARD = "give --no-card (tinychat eval OUT --against MODEL --card makes one later)"
 _measured = functools.cache(seconds_a_unit)  # once a process
 
 
@@ -60,9 +63,9 @@ class Plan:
     pictures: int
     ram: Mapping[str, int]
     ram_limit: int
-    device: int
+    work_device: int
     device_limit: int
-    disk: int
+    work_disk: int
     disk_limit: int
     output: int
     seconds: float
@@ -70,28 +73,48 @@ class Plan:
     stream: bool
     card: str = NONE
     card_whole: int = 0
+    card_device: int = 0
+    card_disk: int = 0
     card_seconds: float = 0.0
 
     @property
     def peak_ram(self) -> int:
         return max(self.ram.values())
 
+    @property
+    def device(self) -> int:
+        """Bytes of the GPU's memory, none on a CPU."""
+        return max(self.work_device, self.card_device)
+
+    @property
+    def disk(self) -> int:
+        return max(self.work_disk, self.card_disk)
+
     def check(self, out: Path) -> None:
         """Raise CapacityError where memory or disk do not suffice."""
-        if self.peak_ram > self.ram_limit:
-            message = f"{size(self.peak_ram)} of memory are needed and {size(self.ram_limit)} are allowed or free"
-            raise CapacityError(message, "allow more with --max-ram, free memory, or give a shorter --calib-seqlen")
-        if self.device > self.device_limit:
-            message = f"{size(self.device)} of the device's memory are needed and {size(self.device_limit)} are free"
-            raise CapacityError(message, "give --device cpu, or fewer --loss-tokens")
-        if self.disk > self.disk_limit:
-            message = f"{size(self.disk)} are needed on the disk of {out}, {size(self.disk_limit)} are allowed or free"
-            raise CapacityError(message, "allow more with --max-disk, free some, or give fewer --calib-samples")
+        work_ram = max(count for stage, count in self.ram.items() if stage != CARD)
+        ram_remedy = "allow more with --max-ram, free memory, or give a shorter --calib-seqlen"
+        disk_remedy = "allow more with --max-disk, free some, or give fewer --calib-samples"
+        device_remedy = "give --device cpu, or fewer --loss-tokens"
+        _check("of memory are needed and", work_ram, self.peak_ram, self.ram_limit, ram_remedy)
+        _check("of the device's memory are needed and", self.work_device, self.device, self.device_limit, device_remedy)
+        _check(f"are needed on the disk of {out},", self.work_disk, self.disk, self.disk_limit, disk_remedy)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        rows = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**rows, "ram": dict(self.ram), "peak_ram": self.peak_ram, "spared": list(self.spared)}
+        rows = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in PARTS}
+        totals = {"peak_ram": self.peak_ram, "device": self.device, "disk": self.disk}
+        return {**rows, **totals, "ram": dict(self.ram), "spared": list(self.spared)}
+
+
+def _check(what: str, work: int, needed: int, limit: int, remedy: str) -> None:
+    """Raise CapacityError where a limit is passed; a quality card that alone passes it may be left out."""
+    if needed <= limit:
+        return
+    message = f"{size(needed)} {what} {size(limit)} are allowed or free"
+    if work <= limit:
+        message, remedy = f"{message}, while {size(work)} would do without the quality card", f"{NO_CARD}, or {remedy}"
+    raise CapacityError(message, remedy)
 
 
 def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
@@ -126,9 +149,13 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
         pictures=data.pictures if data else 0,
         ram=ram,
         ram_limit=limit,
-        device=max(block, fronts[stream], ram.get("tower", 0)) - base + planner.CUDA_CONTEXT if cuda else 0,
+        work_device=max(block, fronts[stream], ram.get("tower", 0)) - base + planner.CUDA_CONTEXT if cuda else 0,
         device_limit=planner.free_bytes(torch.device(job.device)) if cuda else 0,
-        disk=output + layer_bytes(job, source) + tower_bytes(job, source) + max(2 * states, 2 * eyes, output) + TABLES,
+        work_disk=output
+        + layer_bytes(job, source)
+        + tower_bytes(job, source)
+        + max(2 * states, 2 * eyes, output)
+        + TABLES,
         disk_limit=min(job.max_disk or 2**62, shutil.disk_usage(_existing(job.out)).free + kept_bytes(job)),
         output=output,
         seconds=seconds(job, source, data),
@@ -151,12 +178,12 @@ def with_card(plan: Plan, job: Job, card: CardCost) -> Plan:
     """The plan, the quality card made in that way."""
     base = resident() + WORDS_SLACK
     spent = card.products * _measured(product, job.device) + card.streamed * _measured(reading, job.device)
-    ram = {name: count for name, count in plan.ram.items() if name != "card"}
+    ram = {name: count for name, count in plan.ram.items() if name != CARD}
     return replace(
         plan,
-        ram=ram if card.how == NONE else {**ram, "card": base + card.ram},
-        device=max(plan.device, card.device + planner.CUDA_CONTEXT) if card.device else plan.device,
-        disk=max(plan.disk, plan.output + card.disk + TABLES),
+        ram=ram if card.how == NONE else {**ram, CARD: base + card.ram},
+        card_device=card.device + planner.CUDA_CONTEXT if card.device else 0,
+        card_disk=plan.output + card.disk + TABLES,
         seconds=plan.seconds - plan.card_seconds + spent,
         card=card.how,
         card_whole=card.whole,
