@@ -219,22 +219,6 @@ def int8_gemm(
     )  # fmt: skip
 
 
-def w8_gemv(launch: Launch, x: Tensor, weight: Tensor, scales: Tensor, out: Tensor) -> None:
-    """x `[M, K]`, M up to 8, times int8 weight `[N, K]` with half-precision scales `[N, K/G]` -> fp32 out `[M, N]`.
-
-    16 | G, which is the width or divides it. A warp computes an output for all rows.
-    w8_gemv_{t}_m{M}(const T* x, const int8_t* weight, const half* scales, float* out,
-                     int inputs, int outputs, int group)
-    """
-    rows, inputs = x.shape
-    outputs, groups = scales.shape
-    _multiple("group", inputs // groups, 16)
-    launch(
-        "int8_linear", f"w8_gemv_{_kind(x)}_m{rows}", (-(-outputs // 4), 1, 1), 4 * WARP, 0,
-        x, weight, scales, out, inputs, outputs, inputs // groups,
-    )  # fmt: skip
-
-
 # sample.cu
 
 SAMPLE_BLOCKS = 32  # that share a row of logits
