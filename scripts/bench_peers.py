@@ -281,8 +281,13 @@ def tasks_of(args: argparse.Namespace) -> Iterator[Task]:
 
 
 def chosen(names: Sequence[str], peers: Sequence[Peer] = PEERS) -> tuple[Peer, ...]:
-    """The peers whose names begin with one of these; all of them where none is given."""
-    found = tuple(peer for peer in peers if not names or any(peer.name.startswith(name) for name in names))
+    """The peers with these names, or whose names begin with one where none is called so; all where none is given."""
+    called = {peer.name for peer in peers}
+
+    def meant(peer: Peer, name: str) -> bool:
+        return peer.name == name if name in called else peer.name.startswith(name)
+
+    found = tuple(peer for peer in peers if not names or any(meant(peer, name) for name in names))
     if not found:
         raise SystemExit(
             f"no program's name begins with {' or '.join(names)}; there are {', '.join(p.name for p in peers)}"
@@ -308,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shape", choices=sorted(SHAPES), default="1b")
     made.add_argument("--rounds", type=int, default=9, help="after one that is not measured (%(default)s)")
     made.add_argument("--threads", type=int, default=doctor.cpu()["usable_cores"])
-    made.add_argument("--only", type=lambda text: text.split(","), default=[], help="beginnings of names")
+    made.add_argument("--only", type=lambda text: text.split(","), default=[], help="names, or their beginnings")
     made.add_argument("--decode", type=int, default=128, help="tokens to decode (%(default)s)")
     made.add_argument("--depth", type=numbers, default=[0, 4096], help="contexts to decode at (0,4096)")
     made.add_argument("--prefill", type=numbers, default=[512, 2048], help="prompts (512,2048)")

@@ -53,6 +53,7 @@ def test_a_short_call_is_repeated():
 
 def test_only_names_the_beginnings():
     assert [peer.name for peer in bench_peers.chosen(["llama"])] == ["llama.cpp Q4_0", "llama.cpp Q4_K_M"]
+    assert [peer.name for peer in bench_peers.chosen(["tinychat"])] == ["tinychat"]
     with pytest.raises(SystemExit, match="no program's name begins with nothing"):
         bench_peers.chosen(["nothing"])
 
