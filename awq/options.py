@@ -17,7 +17,7 @@ class Options:
     scale_grid: exponents tried for the scales; 1 = no scaling
     clip_grid, max_shrink: a group's range is tried at 1, 1 - 1/clip_grid, ..., down to 1 - max_shrink of its own
     clip: whether ranges are clipped at all
-    dtype: what scales, norms and biases are stored in; None = as the block's own
+    dtype: what scales are stored in, and norms and biases where nothing else is said; None = as the block's own
     duo: scales weigh the weights' magnitudes against the activations' (x^r / w^(1-r))
     compensate: what rounding an input does is taken back by those not rounded yet (GPTQ, arXiv 2210.17323)
     loss_tokens: whole sequences of about so many tokens judge the modules that must be run; None = all of them

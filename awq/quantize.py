@@ -62,12 +62,14 @@ class _Rounded:
 
 @torch.no_grad()
 def quantize_block(
-    block: nn.Module, run: Run, inputs: Inputs, recipe: Recipe, options: Options, *, seed: int, emit: Emit | None = None
-) -> BlockResult:
+    block: nn.Module, run: Run, inputs: Inputs, recipe: Recipe, options: Options, *, seed: int,
+    emit: Emit | None = None, stored: Mapping[str, torch.dtype] | None = None,
+) -> BlockResult:  # fmt: skip
     """Search, round and keep what is better on the inputs; the block then holds the weights that it was rounded to.
 
     inputs: hidden states, a sequence `[T, D]` a tensor, no padding; run(block, `[T, D]`) -> `[T, D]`. They are read
     once. emit(i, `[T, D]`) is given the block's outputs before rounding, which the next block is to be fitted to.
+    `stored` names the dtypes that parameters are stored in, other than options.dtype, where they stay floats.
     Raises RecipeError, WeightsError and CalibrationError, before the block is changed.
     """
     layers, rounding = _prepare(block, recipe, options, seed)
@@ -78,9 +80,10 @@ def quantize_block(
     sample = collect(block, run, inputs, moments, inspected, options.loss_tokens, emit)
     factors, scales = _search_scales(groups, layers, inspected, sample, rounding, options)
 
-    nearest = _round(original, layers, Factors(), rounding, None)
+    kinds = dict.fromkeys(original, rounding.dtype) | dict(stored or {})
+    nearest = _round(original, kinds, layers, Factors(), rounding, None)
     rtn = _try(block, run, sample, nearest)
-    searched = _round(original, layers, factors, rounding, options)
+    searched = _round(original, kinds, layers, factors, rounding, options)
     awq = _try(block, run, sample, searched)
     kept = "awq" if awq < rtn else "rtn"  # false for NaN as well
     if kept == "rtn":
@@ -152,15 +155,15 @@ def _search_scales(
 
 
 def _round(
-    original: Mapping[str, Tensor], layers: Mapping[str, Layer], factors: Factors, rounding: Rounding,
-    options: Options | None,
+    original: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype], layers: Mapping[str, Layer], factors: Factors,
+    rounding: Rounding, options: Options | None,
 ) -> _Rounded:  # fmt: skip
-    """The parameters with their factors, rounded; with options the linears are clipped first."""
+    """The parameters with their factors, rounded; with options the linears are clipped first. Floats become `kinds`."""
     out, inputs = _Rounded({}, {}, {}, {}), dict[int, Dependence]()
     for name, parameter in original.items():
         wide, module = factors.apply(name, parameter), name.rpartition(".")[0]
         if module not in layers or not name.endswith(".weight"):
-            out.tensors[name] = wide.to(rounding.dtype)
+            out.tensors[name] = wide.to(kinds[name])
             continue
         layer = layers[module]
         scale = factors.columns.get(module, torch.ones_like(layer.moments.magnitude))

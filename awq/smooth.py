@@ -31,13 +31,11 @@ class SmoothOptions:
     grid: exponents 0, 1/grid, ..., 1 are tried besides no scale at all; the paper's is 1/2 everywhere
     tokens: about so many judge a scale, spread over all sequences; whole sequences of as many judge the layer
     bound: a linear whose output's mean squared error is more than this part of its mean square stays as it was
-    dtype: what norms and biases are stored in; None = as the block's own
     """
 
     grid: int = 10
     tokens: int = 1024
     bound: float = 1e-3
-    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name in ("grid", "tokens"):
@@ -122,12 +120,14 @@ class _Stored:
 
 @torch.no_grad()
 def smooth_block(
-    block: nn.Module, run: Run, inputs: Inputs, recipe: Recipe, options: SmoothOptions, emit: Emit | None = None
-) -> SmoothResult:
+    block: nn.Module, run: Run, inputs: Inputs, recipe: Recipe, options: SmoothOptions, emit: Emit | None = None,
+    stored: Mapping[str, torch.dtype] | None = None,
+) -> SmoothResult:  # fmt: skip
     """Search the scales of a layer, round its linears, and keep what is better on the inputs.
 
     inputs: hidden states, a sequence `[T, D]` a tensor; run(block, `[T, D]`) -> `[T, D]`. They are read once. emit(i,
-    `[T, D]`) is given the layer's outputs before rounding. The layer is left unfit for use: its linears are replaced.
+    `[T, D]`) is given the layer's outputs before rounding. `stored` names the dtypes that parameters are stored in where
+    they stay floats and have another one. The layer is left unfit for use: its linears are replaced.
     Raises RecipeError, WeightsError and CalibrationError, before it is changed.
     """
     linears = _linears(block, recipe)
@@ -139,10 +139,10 @@ def smooth_block(
         factors.add(scale.previous, scale.linears, scale.values)
 
     errors = {name: _errors(linear, seen[name], factors.columns.get(name)) for name, linear in linears.items()}
-    dtype = options.dtype or next(iter(linears.values())).weight.dtype
+    kinds = {name: parameter.dtype for name, parameter in original.items()} | dict(stored or {})
     spared = tuple(name for name, error in errors.items() if not min(error) <= options.bound)
     chosen = [name for name in linears if name not in spared]
-    plain, smooth = (_store(original, chosen, found, dtype) for found in (Factors(), factors))
+    plain, smooth = (_store(original, chosen, found, kinds) for found in (Factors(), factors))
     error = Errors(*(_try(block, run, sequences, original, stored) for stored in (plain, smooth)))
     kept = "smooth" if error.smooth < error.plain else "plain"  # false for NaN as well
     result, applied = (smooth, scales) if kept == "smooth" else (plain, [])
@@ -280,15 +280,17 @@ def _errors(linear: nn.Linear, seen: _Seen, scale: Tensor | None) -> Errors:
     return Errors(plain, plain if scale is None else judge.error(scale))
 
 
-def _store(original: Mapping[str, Tensor], chosen: list[str], factors: Factors, dtype: torch.dtype) -> _Stored:
-    """The parameters with their factors: the weights of the chosen linears in 8 bits, all others in dtype."""
+def _store(
+    original: Mapping[str, Tensor], chosen: list[str], factors: Factors, kinds: Mapping[str, torch.dtype]
+) -> _Stored:
+    """The parameters with their factors: the weights of the chosen linears in 8 bits, all others in their `kinds`."""
     out = _Stored({}, {})
     for name, parameter in original.items():
         wide, module = factors.apply(name, parameter), name.rpartition(".")[0]
         if module in chosen and name.endswith(".weight"):
             out.weights[module] = quantize_rows(wide)
         else:
-            out.tensors[name] = wide.to(dtype)
+            out.tensors[name] = wide.to(kinds[name])
     return out
 
 

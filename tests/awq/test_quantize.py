@@ -69,6 +69,27 @@ def test_the_result_is_the_block(family: str, kv_heads: int) -> None:
     assert "input_layernorm" in scaled
 
 
+def test_norms_and_biases_are_judged_as_they_are_stored() -> None:
+    """Scales are float16 in the file, and all else may have another type."""
+    kinds = dict.fromkeys(state(decoder_block("qwen2").module), torch.bfloat16)
+    kinds["input_layernorm.weight"] = torch.float32
+    block = decoder_block("qwen2", loud=20.0)
+    before = copy.deepcopy(block.module)
+    found = quantize_block(
+        block.module, block.run, INPUTS, RECIPE, Options(QuantSpec(4, 32), dtype=torch.float16), seed=0, stored=kinds
+    )
+    assert found.kept == "awq" and "self_attn.q_proj.bias" in found.tensors
+    assert {name: tensor.dtype for name, tensor in found.tensors.items()} == {
+        name: kinds[name] for name in found.tensors
+    }
+    assert {logical.scale.dtype for logical in found.weights.values()} == {torch.float16}
+    parts = {f"{name}.weight": dequantize(logical, torch.float32) for name, logical in found.weights.items()}
+    after = copy.deepcopy(before)
+    after.load_state_dict(parts | found.tensors)
+    assert found.block_loss.awq == pytest.approx(output_error(Block(before, block.run), after, INPUTS), rel=1e-5)
+    assert output_error(block, after, INPUTS) < 1e-12
+
+
 @pytest.mark.parametrize("group", [32, 64, -1])
 @pytest.mark.parametrize("bits", [4, 3])
 @pytest.mark.parametrize("zero_point", [True, False])

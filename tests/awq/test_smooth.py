@@ -48,8 +48,15 @@ def states(count: int = 6, tokens: int = 20, seed: int = 1) -> list[Tensor]:
     return [torch.randn(tokens, 32, generator=draw) for _ in range(count)]
 
 
-def smoothed(block: nn.Module, family: str = "clip", inputs: Sequence[Tensor] = (), **options: Any) -> SmoothResult:
-    return smooth_block(block, run, inputs or states(), encoder_recipe(family), SmoothOptions(**options))
+def smoothed(
+    block: nn.Module,
+    family: str = "clip",
+    inputs: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> SmoothResult:
+    stored = dict.fromkeys(block.state_dict(), dtype) if dtype else None
+    return smooth_block(block, run, inputs or states(), encoder_recipe(family), SmoothOptions(**options), stored=stored)
 
 
 def install(block: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -29,6 +29,7 @@ from tinychat.quantize import run as running
 from tinychat.quantize.blocks import Blocks
 from tinychat.quantize.embedding import Embedder
 from tinychat.quantize.facts import for_card
+from tinychat.quantize.layered import packed_side
 from tinychat.quantize.run import Run, Written
 from tinychat_kernels.layout import QuantSpec
 
@@ -61,6 +62,23 @@ def test_the_checkpoint_is_the_model_quantized_in_memory(models, tmp_path, layou
         with torch.no_grad():
             ours, theirs = (m(inputs_embeds=hidden[None]).logits for m in (packed, reference))
         assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_loss_that_is_told_is_that_of_what_is_stored(models, tmp_path, dtype):
+    search = {"scale_grid": 3, "clip_grid": 4, "loss_tokens": 10**6}
+    run = Run(job(model(models, dtype=dtype, text="qwen2"), tmp_path / "out", search=search))
+    *_, end = run.events()
+    assert isinstance(end, Written) and run.data is not None and run.processor is not None
+    cpu = torch.device("cpu")
+    blocks, packed = Blocks(run.source, cpu), packed_side(tmp_path / "out", cpu, "")
+    states = list(Embedder(run.source, run.processor, cpu, stream=False).embed(run.data.prompts, run.data.seqlen))
+    for i, told in enumerate(end.facts["layers"]):
+        before, after = blocks.open(i), packed.open(i)
+        pairs = [(blocks.run(before, hidden), blocks.run(after, hidden)) for hidden in states]
+        error = torch.cat([(x - y).square().flatten() for x, y in pairs]).mean()
+        assert told["kept"] == "awq" and told["loss"]["awq"] == pytest.approx(float(error), rel=1e-5)
+        states = [x for x, _ in pairs]
 
 
 @pytest.mark.parametrize("layout", ["text", "llava_hf", "vila", "llava"])

@@ -28,7 +28,7 @@ from tinychat.quantize import verb
 from tinychat.quantize.embedding import Embedder
 from tinychat.quantize.job import Calibration, Job
 from tinychat.quantize.run import LayerDone, Run, Written
-from tinychat.quantize.tower import TowerLayerDone, TowerStage, with_tower
+from tinychat.quantize.tower import Encoders, TowerLayerDone, TowerStage, with_tower
 from tinychat_kernels.int8 import quantize_rows
 
 TOWER_LAYERS = 3
@@ -96,6 +96,23 @@ def test_the_features_are_near_those_of_sixteen_bits(models, tmp_path, family):
     assert told["scheme"] == "w8a8" and len(told["layers"]) == TOWER_LAYERS and told["spared"] == []
     assert {"mlp.fc2", "self_attn.out_proj"} < set(told["layers"][0]["linears"])
     assert facts["spared"] == ["mm_projector", "lm_head"] and facts["options"]["vision"] == "w8a8"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_error_that_is_told_is_that_of_what_is_stored(models, tmp_path, dtype):
+    run = Run(job(model(models, dtype=dtype, vision="siglip"), tmp_path / "out"))
+    *_, end = run.events()
+    assert isinstance(end, Written) and run.data is not None and run.processor is not None
+    encoders = Encoders(run.source, CPU)
+    states = [*encoders.first(run.processor, run.data)]
+    layers = load_model(tmp_path / "out", dtype=torch.float32).get_vision_tower().vision_model.encoder.layers
+    for i, (after, told) in enumerate(zip(layers, end.facts["vision"]["layers"], strict=True)):
+        before = encoders.open(i)
+        outputs = [encoders.run(before, hidden) for hidden in states]
+        noise = sum((encoders.run(after, x) - y).square().sum() for x, y in zip(states, outputs, strict=True))
+        signal = sum((y - x).square().sum() for x, y in zip(states, outputs, strict=True))
+        assert told["error"][told["kept"]] == pytest.approx(float(noise / signal), rel=1e-4)
+        states = outputs
 
 
 def test_what_is_no_linear_of_the_encoder_is_carried_over(models, tmp_path):

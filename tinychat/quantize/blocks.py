@@ -78,7 +78,8 @@ def by_search(job: Job, blocks: Blocks, block: DecoderLayer, i: int, inputs: Seq
     from awq.recipes import recipe_for
 
     recipe, seed = recipe_for(blocks.text.family), job.calibration.seed * SEEDS_APART + i
-    found = quantize_block(block, blocks.run, inputs, recipe, job.search_options(), seed=seed, emit=emit)
+    options, stored = job.search_options(), blocks.source.stored_in(blocks.source.layer(i))
+    found = quantize_block(block, blocks.run, inputs, recipe, options, seed=seed, emit=emit, stored=stored)
     losses = {name: loss._asdict() for name, loss in found.losses.items()}
     facts = {"kept": found.kept, "loss": found.block_loss._asdict(), "linears": losses}
     return Quantized(found.weights, found.tensors, facts)

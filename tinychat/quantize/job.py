@@ -139,7 +139,7 @@ class Job:
         return self.method == "awq" and self.search_results is None
 
     def search_options(self) -> Options:
-        """What the search is told; scales, norms and biases are those of a float16 checkpoint."""
+        """What the search is told; scales are float16, as in any checkpoint of the awq format."""
         return Options(spec=self.spec, dtype=torch.float16, **self.search)
 
     @property
@@ -181,6 +181,10 @@ class Source:
         """The dtype that a tensor is written in: its own, 16 bit for wider floats."""
         wide = entry.dtype.is_floating_point and entry.dtype not in HALVES
         return torch.float16 if wide else entry.dtype
+
+    def stored_in(self, index: Index) -> dict[str, torch.dtype]:
+        """The same of every tensor of an index."""
+        return {name: self.stored(index.entry(name)) for name in index.names()}
 
 
 def tower_layer(i: int) -> str:

@@ -131,19 +131,20 @@ class TowerStage:
     def _smooth(self, layer: nn.Module, states: States, work: Work, parts: dict[str, Part], i: int) -> Smoothed:
         """By search; the states after it, where a layer follows, become one of the parts."""
         if i + 1 == self.total:
-            return self._searched(layer, states, None)
+            return self._searched(layer, states, None, i)
         following = f"{FEATURES}{i + 1:05d}"
         with writing(work.path(following, ".bin"), False) as sink:
-            found = self._searched(layer, states, sink.add)
+            found = self._searched(layer, states, sink.add, i)
         parts[following] = sink.part()
         return found
 
-    def _searched(self, layer: nn.Module, states: States, emit: Emit) -> Smoothed:
+    def _searched(self, layer: nn.Module, states: States, emit: Emit, i: int) -> Smoothed:
         from awq.recipes import encoder_recipe
         from awq.smooth import SmoothOptions, smooth_block
 
         recipe, options = encoder_recipe(self.encoders.vision.family), SmoothOptions()
-        found = smooth_block(layer, self.encoders.run, states, recipe, options, emit)
+        stored = self.source.stored_in(part(self.source.index, tower_layer(i)))
+        found = smooth_block(layer, self.encoders.run, states, recipe, options, emit, stored)
         facts = {
             "kept": found.kept,
             "error": found.block_error._asdict(),
