@@ -126,8 +126,8 @@ def smooth_block(
     """Search the scales of a layer, round its linears, and keep what is better on the inputs.
 
     inputs: hidden states, a sequence `[T, D]` a tensor; run(block, `[T, D]`) -> `[T, D]`. They are read once. emit(i,
-    `[T, D]`) is given the layer's outputs before rounding. `stored` names the dtypes that parameters are stored in where
-    they stay floats and have another one. The layer is left unfit for use: its linears are replaced.
+    `[T, D]`) is given the layer's outputs before rounding. `stored` names the dtypes of parameters on the disk, where
+    they stay floats and have another one there. The layer is left unfit for use: its linears are replaced.
     Raises RecipeError, WeightsError and CalibrationError, before it is changed.
     """
     linears = _linears(block, recipe)
