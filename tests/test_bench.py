@@ -179,6 +179,33 @@ def test_a_breakdown_is_of_the_prompt_and_of_a_token():
     assert bench.stage_rows({"breakdown": []}) == []
 
 
+class LookingEngine(TimedEngine):
+    """Its tower and projector take 5 s."""
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        for event in super().run(requests):
+            yield replace(event, timings=replace(event.timings, vision_s=5.0)) if isinstance(event, Finished) else event
+
+
+def test_a_breakdown_of_pictures_is_of_each():
+    """Two pictures take the tower 3 s by its own clock."""
+    tower, decoder = SimpleNamespace(kernel=Clock()), SimpleNamespace(kernel=Clock())
+    model = SimpleNamespace(
+        dtype=torch.bfloat16, device=torch.device("cpu"), modules=list, one_call=decoder,
+        vision_tower=SimpleNamespace(one_call=tower),
+    )  # fmt: skip
+    subject = bench.Subject("tiny", model, tokens_of, LookingEngine())
+    found = bench.measure(subject, bench.Workload(images=2, rounds=1, breakdown=True), lambda _: None)
+    assert found["encode"] == [
+        {"stage": "qkv", "seconds": 0.5}, {"stage": "head", "seconds": 1.0}, {"stage": "projector", "seconds": 1.0},
+    ]  # fmt: skip
+    rows = bench.encode_rows(found)
+    assert rows[0] == ("stage", "picture, us", "%") and rows[-1] == ("all", "2500000.0", "100.0")
+    assert [row[0] for row in rows[1:]] == ["qkv", "head", "projector", "all"] and rows[1][2] == "20.0"
+    without = bench.measure(subject, bench.Workload(rounds=1, breakdown=True), lambda _: None)
+    assert without["encode"] == [] and bench.encode_rows(without) == []
+
+
 def test_startup_is_measured_in_new_processes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "STARTUP", {name: (label, ("-c", "pass")) for name, (label, _) in bench.STARTUP.items()})
     found = bench.startup(2)

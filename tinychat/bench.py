@@ -87,8 +87,8 @@ def measure(subject: Subject, work: Workload, report: Callable[[str], None]) -> 
         rounds.append(_round(subject.engine, request(text, work, number)))
     found = _result(subject, work, rounds[1:])
     found["depths"] = [_at_depth(subject, work, depth, report) for depth in work.depths]
-    found["breakdown"] = _breakdown(subject, request(text, work, work.rounds + 1)) if work.breakdown else []
-    return found
+    asked = request(text, work, work.rounds + 1)
+    return found | (_breakdown(subject, asked, work.images) if work.breakdown else {"breakdown": [], "encode": []})
 
 
 def roomy(model: ModelFlags, flags: BenchFlags) -> ModelFlags:
@@ -110,16 +110,22 @@ def _at_depth(subject: Subject, work: Workload, depth: int, report: Callable[[st
     return {"tokens": depth, "decode_tps": spread(speeds[1:])}
 
 
-def _breakdown(subject: Subject, asked: Request) -> list[Json]:
-    """Seconds of each stage of the decoder for a prompt, and for a token. Raises UsageError without the kernels."""
+def _breakdown(subject: Subject, asked: Request, images: int) -> Json:
+    """Seconds of each stage of the decoder for a prompt and for a token, and of the tower for a picture.
+
+    Raises UsageError without the kernels.
+    """
     decoder = getattr(subject.model, "one_call", None)
     if decoder is None:
         raise UsageError(
             f"--breakdown reads the CPU kernels' clock, and {subject.name} runs on {backend_of(subject.model)}",
             "take a 4-bit model on a CPU; `tinychat doctor` says whether the kernels run here",
         )
+    tower = getattr(getattr(subject.model, "vision_tower", None), "one_call", None) if images else None
     subject.engine.reset()
-    decoder.kernel.start_profile()
+    for part in (decoder, tower):
+        if part is not None:
+            part.kernel.start_profile()
     prompt, end = dict[str, float](), None
     for event in subject.engine.run([asked]):
         if isinstance(event, TokenEvent) and not prompt:
@@ -129,10 +135,20 @@ def _breakdown(subject: Subject, asked: Request) -> list[Json]:
         raise as_error(end)
     assert isinstance(end, Finished)
     whole, tokens = decoder.kernel.profile(), max(end.usage.completion_tokens - 1, 1)
-    return [
+    stages = [
         {"stage": stage, "prefill_s": prompt[stage], "decode_s": (whole[stage] - prompt[stage]) / tokens}
         for stage in whole
     ]
+    spent = {} if tower is None else tower.kernel.profile()
+    return {"breakdown": stages, "encode": _encode_stages(spent, end.timings.vision_s, images)}
+
+
+def _encode_stages(spent: Json, vision_s: float, images: int) -> list[Json]:
+    """A picture's part of each stage of the tower; what is left of its time is the projector's."""
+    if not spent:
+        return []
+    every = {**spent, "projector": max(vision_s - sum(spent.values()), 0.0)}
+    return [{"stage": stage, "seconds": seconds / images} for stage, seconds in every.items()]
 
 
 def backend_of(model: Any) -> str:
@@ -283,6 +299,18 @@ def stage_rows(found: Json) -> list[tuple[str, ...]]:
         for stage in [*stages, {"stage": "all", **totals}]
     ]
     return [("stage", "prompt, us", "%", "token, us", "%"), *rows]
+
+
+def encode_rows(found: Json) -> list[tuple[str, ...]]:
+    """The table of a picture's way through tower and projector; nothing where the kernels have no part in it."""
+    stages = found.get("encode") or []
+    if not stages:
+        return []
+    total = sum(stage["seconds"] for stage in stages)
+    rows = [
+        (stage["stage"], *_share(stage["seconds"], total)) for stage in [*stages, {"stage": "all", "seconds": total}]
+    ]
+    return [("stage", "picture, us", "%"), *rows]
 
 
 def _share(seconds: float, total: float) -> tuple[str, str]:

@@ -163,8 +163,9 @@ def bench(flags: BenchFlags, model: ModelFlags) -> int:
     else:
         _say(benching.headline(found))
         _draw_table(benching.rows(found))
-        if stages := benching.stage_rows(found):
-            _draw_table(stages)
+        for stages in (benching.encode_rows(found), benching.stage_rows(found)):
+            if stages:
+                _draw_table(stages)
         if foot := benching.foot(found):
             _say(foot)
     return 0
