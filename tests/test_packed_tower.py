@@ -203,3 +203,17 @@ def test_a_tower_of_another_kind_is_refused():
 
 def test_a_text_model_has_none(tmp_path: Path):
     assert packed_tower.packed_sizes(open_source(make_tiny_model(tmp_path / "m", "text", dtype="float16"))) == {}
+
+
+def test_torchs_other_threads_stay_asleep_beside_the_kernels(tmp_path: Path):
+    folder, before, seen = made(tmp_path / "m"), torch.get_num_threads(), list[int]()
+    torch.set_num_threads(2)
+    try:
+        for placed in ({}, {"tower": "float"}):
+            model = loaded(folder, **placed)
+            model.mm_projector.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+            features(model)
+            assert torch.get_num_threads() == 2
+        assert seen == [1, 2]
+    finally:
+        torch.set_num_threads(before)

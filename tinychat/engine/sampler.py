@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tinychat.core import SamplingParams
 from tinychat.errors import ModelError, UsageError
+from tinychat.layers.torch_threads import one_thread
 
 Warper = Callable[[Tensor], Tensor]
 
@@ -169,20 +169,6 @@ class Sampler:
         cumulative = scores.double().softmax(-1).cumsum(-1)
         number = torch.rand((), dtype=torch.float64, generator=self._generator)
         return int(torch.searchsorted(cumulative, number.to(cumulative.device) * cumulative[-1], right=True))
-
-
-@contextmanager
-def one_thread() -> Generator[None, None, None]:
-    """Torch computes on this thread alone: its others would go on looking for work for milliseconds.
-
-    Meanwhile the CPU kernels' threads want those cores: it cost more than half of a 1-billion model's speed.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_sampler(params: SamplingParams, prompt_ids: Sequence[int], device: torch.device | str) -> Sampler:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tinychat.checkpoint import Index, Weights, rename
 from tinychat.config import ProjectorConfig, VilaConfig, VisionConfig, read_json
 from tinychat.errors import ModelError, UsageError
+from tinychat.layers.torch_threads import one_thread
 from tinychat.models import vila_fusion
 from tinychat.models.projector import Projector
 from tinychat.models.vila_fusion import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -127,11 +129,17 @@ class LlavaMetaForCausalLM(ABC):
         if tower is None or model.mm_projector is None:
             raise ModelError("this model reads text only", "choose a vision-language model to ask about pictures")
         if isinstance(images, Tensor) and images.dim() == 4:
-            return model.mm_projector(tower(images)), [1] * len(images)
+            return self._features(tower, images), [1] * len(images)
         if not len(images):
             return self.get_input_embeddings().weight.new_zeros(0, 0, model.mm_projector.config.hidden_size), []  # type: ignore[attr-defined]
         groups = [image[None] if image.dim() == 3 else image for image in images]
-        return model.mm_projector(tower(torch.cat(groups))), [len(group) for group in groups]
+        return self._features(tower, torch.cat(groups)), [len(group) for group in groups]
+
+    def _features(self, tower: Any, pixels: Tensor) -> Tensor:
+        """What tower and projector make of pictures. Beside the CPU kernels torch's own threads stand in the way."""
+        in_one_call = getattr(tower, "one_call", None) is not None and not torch.is_grad_enabled()
+        with one_thread() if in_one_call else nullcontext():
+            return self.get_model().mm_projector(tower(pixels))
 
     def prepare_inputs_labels_for_multimodal(
         self,
