@@ -25,6 +25,7 @@ Progress = Callable[[int, int], None]
 Devices = torch.device | str | Mapping[str, torch.device | str | int]
 
 SHARD_SIZE = 2**30  # a shard is held in memory while it is written
+EMBEDDINGS, NORM, HEAD = (f"llm.{name}.weight" for name in ("model.embed_tokens", "model.norm", "lm_head"))
 MAPPED = 2**28  # bytes of a file that are mapped before they are given back
 LISTED = 20  # names of each kind in an error
 

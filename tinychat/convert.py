@@ -16,9 +16,9 @@ from torch import Tensor
 
 from awq.save import as_os_error
 from tinychat import layouts, load
-from tinychat.checkpoint import HARMLESS, Index, compare, rename, write_safetensors
+from tinychat.checkpoint import EMBEDDINGS, HARMLESS, HEAD, Index, compare, rename, write_safetensors
 from tinychat.config import FLOAT_TYPES, VilaConfig, read_config
-from tinychat.convert_files import HEAD, write_files
+from tinychat.convert_files import POOLING, write_files
 from tinychat.core import Progress
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
 from tinychat.flags import ConvertFlags
@@ -26,7 +26,6 @@ from tinychat.inputs.processor import Processor
 from tinychat.int8_tower import int8_linears
 from tinychat.pickled import write_pickle
 from tinychat.quantization import Quantization, quantization_of
-from tinychat.quantize.job import HALVES
 from tinychat.quantize.output import publish
 from tinychat.quantize.plan import size
 from tinychat.quantize.run import FULL, locked
@@ -34,13 +33,12 @@ from tinychat.repack import Computed, as_gemm, packed_linears
 from tinychat.weight_files import Entry
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.formats import COMPRESSED_TENSORS, COMPRESSED_TENSORS_8, GEMM, LLM_AWQ_V2, Format
-from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec, to_logical
+from tinychat_kernels.layout import HALVES, AwqGemm, Logical, QuantSpec, to_logical
 
 Json = dict[str, Any]
 Report = Callable[[Progress], None]
 
 PARTS = tuple(AwqGemm._fields)
-LM_HEAD = "llm.lm_head.weight"
 HEADS = {4: COMPRESSED_TENSORS, 8: COMPRESSED_TENSORS_8}  # by bits
 ROWS = 64  # a vocabulary grows in steps of this
 
@@ -96,11 +94,11 @@ class Job:
     @property
     def rounds_head(self) -> bool:
         """Whether the head is changed by the conversion."""
-        return self.head is not None and not isinstance(_entry(self.index, LM_HEAD), Computed)
+        return self.head is not None and not isinstance(_entry(self.index, HEAD), Computed)
 
     @property
     def dtype(self) -> str:
-        return str(self.index.dtype("llm.model.embed_tokens.weight")).removeprefix("torch.")
+        return str(self.index.dtype(EMBEDDINGS)).removeprefix("torch.")
 
 
 def convert(
@@ -180,7 +178,7 @@ def plan(folder: Path, out: Path, to: str, scales: torch.dtype | None = None, lm
 
 def _head(index: Index, found: Quantization, bits: int | None, to: str) -> QuantSpec | None:
     """How the head is written; None for 16 bits. Raises ModelError for what it cannot become, or the format not say."""
-    stored = found.head or found.spec if isinstance(_entry(index, LM_HEAD), Computed) else None
+    stored = found.head or found.spec if isinstance(_entry(index, HEAD), Computed) else None
     if bits not in (None, 16, *HEADS):
         raise UsageError(f"a head of {bits} bits is asked for", "give 4, 8 or 16")
     if bits is not None and stored is not None and bits != stored.bits:
@@ -191,10 +189,10 @@ def _head(index: Index, found: Quantization, bits: int | None, to: str) -> Quant
     if TARGETS[to].format is not COMPRESSED_TENSORS:
         message = f"{to} cannot say that the head has {spec.bits} bits"
         raise ModelError(message, "give --to compressed-tensors, or a model whose head has 16 bits")
-    if LM_HEAD not in index:
+    if HEAD not in index:
         message = f"the head is the embeddings, which stay in 16 bits, and {spec.bits} bits are asked for"
         raise ModelError(message, "leave --lm-head-bits out")
-    columns, rows = index.shape(LM_HEAD)
+    columns, rows = index.shape(HEAD)
     try:
         HEADS[spec.bits].check(spec, rows, columns)
     except LayoutError as error:
@@ -227,7 +225,7 @@ def _with_head(on_disk: Index, config: VilaConfig) -> Index:
     index = on_disk.renamed(config.layout)
     entries = {name: index.entry(name) for name in index.names()}
     named = {rename(name, config.layout): name for name in on_disk.names()}
-    heads = {ours: on_disk.entry(theirs) for ours, theirs in named.items() if ours.startswith(HEAD)}
+    heads = {ours: on_disk.entry(theirs) for ours, theirs in named.items() if ours.startswith(POOLING)}
     assert all(HARMLESS.fullmatch(name) for name in heads)
     return Index(entries | heads)
 
@@ -323,7 +321,7 @@ def _tensors(job: Job, names: list[str], tell: Callable[[], None]) -> Iterator[t
     packed = set(job.linears)
     for name in names:
         stem, _, end = name.rpartition(".")
-        if name == LM_HEAD and job.head is not None:
+        if name == HEAD and job.head is not None:
             yield from ((f"{stem}.{part}", tensor) for part, tensor in _packed_head(job, job.head).items())
         elif stem not in packed or end not in PARTS:
             yield name, _with_rows(job, name, job.index.get(name))
@@ -345,15 +343,15 @@ def _packed_head(job: Job, spec: QuantSpec) -> dict[str, Tensor]:
     """The head's tensors: as they are packed already, or rounded; with rows for the image token."""
     from awq.rounding import Rounding
 
-    entry, format = job.index.entry(LM_HEAD), HEADS[spec.bits]
+    entry, format = job.index.entry(HEAD), HEADS[spec.bits]
     try:
         if isinstance(entry, Computed):
             stored = Index(entry.sources)
             logical = _with_scales(format.unpack({end: stored.get(end) for end in stored.names()}, spec), job.scales)
         else:
             kind = job.scales or (entry.dtype if entry.dtype in HALVES else torch.float16)
-            logical = Rounding(spec, kind).logical(job.index.get(LM_HEAD))
-        columns = _with_rows(job, LM_HEAD, torch.arange(logical.q.shape[1])[:, None])[:, 0]
+            logical = Rounding(spec, kind).logical(job.index.get(HEAD))
+        columns = _with_rows(job, HEAD, torch.arange(logical.q.shape[1])[:, None])[:, 0]
         return format.pack(Logical(*(tensor[:, columns] for tensor in logical)), spec)
     except LayoutError as error:
         raise ModelError(f"the head cannot be converted: {error}", "leave --lm-head-bits out") from error
@@ -371,7 +369,7 @@ def _with_scales(logical: Logical, dtype: torch.dtype | None) -> Logical:
 
 def _with_rows(job: Job, name: str, tensor: Tensor) -> Tensor:
     """The embeddings and the head with rows for the image token: copies of a row that no answer has."""
-    if job.image is None or name not in ("llm.model.embed_tokens.weight", LM_HEAD):
+    if job.image is None or name not in (EMBEDDINGS, HEAD):
         return tensor
     more = job.image.vocab_size - tensor.shape[0]
     row = job.image.filler

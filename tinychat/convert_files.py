@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 LINEAR = re.compile(r"llm\.model\.(layers\..*_proj)\.weight")
-HEAD = "vision_tower.vision_model.head."  # no computation of ours needs it, and SigLIP's config in transformers may
+POOLING = "vision_tower.vision_model.head."  # no computation of ours needs it, and SigLIP's config in transformers may
 
 
 def write_files(job: Job, draft: Path) -> None:
@@ -64,7 +64,7 @@ def _write_root_config(job: Job, draft: Path, quantization: Json | None) -> None
     if job.image is None:
         root = _without_quantization(read_json(job.folder / "config.json"))
     else:
-        head = any(name.startswith(HEAD) for name in job.index.names())
+        head = any(name.startswith(POOLING) for name in job.index.names())
         root = layouts.llava_config(job.config, job.image.id, job.image.vocab_size, head, job.dtype)
     _write_json(draft / "config.json", {**root, **said})
 

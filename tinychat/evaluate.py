@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tinychat.checkpoint import EMBEDDINGS
 from tinychat.errors import CapacityError, ModelError, TinychatError, UsageError
 from tinychat.eval import gate, page, report
 from tinychat.eval.card import Card, CardPlan, Subject, make_card
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from tinychat_kernels.layout import QuantSpec
 
 TASKS = ("demo", "ppl", "probes")
-EMBEDDINGS = "llm.model.embed_tokens.weight"
 NOTHING: Mapping[str, Any] = {}
 Note = Callable[[str], None]
 

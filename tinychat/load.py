@@ -271,7 +271,7 @@ def choose_dtype(source: Source, asked: Dtype, device: torch.device, but: Collec
         return FLOAT_TYPES[name]
     if device.type == "cpu" and planner.float_bytes(source.index, torch.float32, but) <= FLOAT32_LIMIT:
         return torch.float32
-    config, stored = source.config, source.index.dtype("llm.model.embed_tokens.weight")
+    config, stored = source.config, source.index.dtype(checkpoint.EMBEDDINGS)
     named = str(config.dtype or getattr(config, "model_dtype", "")).removeprefix("torch.")
     return FLOAT_TYPES.get(named, stored)
 

@@ -20,7 +20,7 @@ from tinychat.packed_cache import Place
 from tinychat.repack import Computed, packed_linears
 from tinychat_kernels import registry
 from tinychat_kernels.errors import LayoutError
-from tinychat_kernels.layout import PER_WORD, AwqGemm, QuantSpec
+from tinychat_kernels.layout import HALVES, PER_WORD, AwqGemm, QuantSpec
 
 if TYPE_CHECKING:
     from tinychat.load import Source
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 LAYERS, HEAD, EMBEDDINGS = "llm.model.layers.", "llm.lm_head", "llm.model.embed_tokens"
 SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HALF = (torch.float16, torch.bfloat16)
 KEPT_FROM = 64 * 2**20  # bytes from which on reading packed weights is quicker than packing them
 Report = Callable[[int, int], None]
 
@@ -165,7 +164,7 @@ def _head(source: Source, placement: Placement) -> str | None:
     if placement.head == "float" or name not in source.index:
         return None
     made = isinstance(source.index.entry(name), Computed)  # of fewer bits, and held in 32 otherwise
-    return name if made or source.index.dtype(name) in HALF else None
+    return name if made or source.index.dtype(name) in HALVES else None
 
 
 def _head_size(index: Index, head: str) -> int:
@@ -178,7 +177,7 @@ def _head_size(index: Index, head: str) -> int:
 def _stored(source: Source, head: str | None) -> frozenset[str]:
     """The embeddings, where they can keep their 16 bits: a float head that shares them cannot."""
     name, shared = f"{EMBEDDINGS}.weight", source.config.text.tie_word_embeddings and head is None
-    return frozenset() if shared or source.index.dtype(name) not in HALF else frozenset([name])
+    return frozenset() if shared or source.index.dtype(name) not in HALVES else frozenset([name])
 
 
 def _place(source: Source, packing: Packing) -> Place:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinychat_kernels import words
 from tinychat_kernels.errors import LayoutError
-from tinychat_kernels.layout import Logical, QuantSpec, check_values, from_logical, unpack_awq
+from tinychat_kernels.layout import HALVES, Logical, QuantSpec, check_values, from_logical, unpack_awq
 from tinychat_kernels.words import PER_WORD
 
 Shapes = Mapping[str, Sequence[int]]
@@ -209,7 +209,7 @@ class GemvFast(Format):
 
     def _pack(self, logical: Logical, spec: QuantSpec) -> dict[str, Tensor]:
         rows, columns = logical.q.shape
-        if logical.scale.dtype not in (torch.float16, torch.bfloat16):
+        if logical.scale.dtype not in HALVES:
             raise LayoutError(f"scales are {logical.scale.dtype}, {self.name} has float16 or bfloat16")
         padding = (0, 0, 0, padded_groups(spec, rows) - logical.scale.shape[0])
         tiles = logical.q.T.reshape(columns // 4, 4, -1, 2, 4, 4, 2).permute(0, 2, 1, 3, 5, 6, 4)

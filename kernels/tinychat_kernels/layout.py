@@ -19,6 +19,7 @@ from tinychat_kernels.words import AWQ_ORDER, PER_WORD
 
 BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
+HALVES = (torch.float16, torch.bfloat16)
 PER_ROW = -1  # as a group size: all inputs of an output are one group
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tinychat.errors import ModelError
 from tinychat_kernels import layout
+from tinychat_kernels.layout import HALVES
 
 LAYERS = "llm.model.layers"
 OTHERS = ("llm.model.embed_tokens", "llm.lm_head")
-HALVES = (torch.float16, torch.bfloat16)
 ROWS = 4096  # of head and embeddings at once
 FITS = 3  # rounds of fitting factors; more change the third decimal
 Weight = Callable[[str], Tensor]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tinychat import load
+from tinychat.checkpoint import EMBEDDINGS
 from tinychat.core import Progress
 from tinychat.engine.engine import Engine
 from tinychat.eval.card import TEXT_ONLY, Making, Note, Subject, card_in_making, sees
@@ -20,7 +21,7 @@ from tinychat.placement import Placement
 from tinychat.quantize.card_plan import LAYERS, plan_of
 from tinychat.quantize.facts import title_of
 from tinychat.quantize.job import Job, Source
-from tinychat.quantize.layered import EMBEDDINGS, Layered, base_side, nearest_side, packed_side, weights_of
+from tinychat.quantize.layered import Layered, base_side, nearest_side, packed_side, weights_of
 from tinychat.quantize.nearest import round_to_nearest
 from tinychat.quantize.plan import size
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinychat import planner
-from tinychat.checkpoint import MAPPED, Index
+from tinychat.checkpoint import EMBEDDINGS, MAPPED, Index
 from tinychat.config import FLOAT_TYPES
 from tinychat.core import Request, Text
 from tinychat.engine.engine import CONTEXT
@@ -17,7 +17,6 @@ from tinychat.inputs.processor import Processor
 from tinychat.quantize.job import Job, Source, linears
 
 LAYERS, NONE = "layers", "none"
-EMBEDDINGS = "llm.model.embed_tokens.weight"
 FLOAT = 4
 SHARE = 4  # of the samples that `tinychat eval` takes, one in so many: a card is made of every checkpoint
 SPILL = 64 * 2**20  # bytes of what the original said that are kept in memory

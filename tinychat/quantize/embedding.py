@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tinychat.checkpoint import Index
+from tinychat.checkpoint import EMBEDDINGS, Index
 from tinychat.inputs.processor import Processor, Prompt
 from tinychat.load import empty_model
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat.quantize.job import Source, part
-
-EMBEDDINGS = "llm.model.embed_tokens.weight"
 
 
 class Rows(nn.Module):

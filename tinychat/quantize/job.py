@@ -19,7 +19,7 @@ from tinychat.errors import ModelError, UsageError
 from tinychat.search_results import SearchResults, check_search, read_search
 from tinychat.weight_files import Entry
 from tinychat_kernels.errors import LayoutError
-from tinychat_kernels.layout import QuantSpec
+from tinychat_kernels.layout import HALVES, QuantSpec
 
 Method = Literal["awq", "rtn"]
 METHODS = ("awq", "rtn")
@@ -27,7 +27,6 @@ Vision = Literal["16bit", "w8a8"]
 VISIONS = ("16bit", "w8a8")
 LAYER = re.compile(r"llm\.model\.layers\.(\d+)\.(.+)")
 TOWER_LAYER = re.compile(r"vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(.+)")
-HALVES = (torch.float16, torch.bfloat16)
 SPARED = {  # layout -> modules that stay in 16 bit, as the config of the checkpoint names them
     "vila": ("vision_tower", "mm_projector", "lm_head"),
     "llava": ("vision_tower", "mm_projector", "lm_head"),

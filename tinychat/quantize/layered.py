@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tinychat import load
-from tinychat.checkpoint import Index, stream_into
+from tinychat.checkpoint import EMBEDDINGS, HEAD, NORM, Index, stream_into
 from tinychat.core import Progress
 from tinychat.eval import card, divergence, fidelity
 from tinychat.eval.card import Card, CardPlan, Column, Making, Measured, Note
@@ -38,7 +38,6 @@ from tinychat.quantize.job import Source
 from tinychat.quantize.nearest import rounded
 from tinychat_kernels.layout import QuantSpec
 
-EMBEDDINGS, HEAD, NORM = (f"llm.{name}.weight" for name in ("model.embed_tokens", "lm_head", "model.norm"))
 WHOLE = 2**62
 
 

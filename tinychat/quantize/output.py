@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from awq.save import Work, sync
-from tinychat.checkpoint import rename
+from tinychat.checkpoint import EMBEDDINGS, rename
 from tinychat.config import read_json
 from tinychat.int8_tower import quantization as int8_quantization
 from tinychat.layouts import quantization_config
-from tinychat.quantize.job import HALVES, LAYER, SPARED, TOWER_LAYER, Job, Source
+from tinychat.quantize.job import LAYER, SPARED, TOWER_LAYER, Job, Source
 from tinychat.quantize.tower import spared_linears, tower_part
 from tinychat.quantize.writing import Copy, write_sharded
 from tinychat.weight_files import Entry, entries_of
 from tinychat_kernels.formats import GEMM
+from tinychat_kernels.layout import HALVES
 
 Json = dict[str, Any]
 
@@ -140,7 +141,7 @@ def _write_tower_config(work: Work, home: Path) -> None:
 
 
 def _was_wide(source: Source) -> bool:
-    return source.index.dtype("llm.model.embed_tokens.weight") not in HALVES
+    return source.index.dtype(EMBEDDINGS) not in HALVES
 
 
 def _narrowed(content: Any) -> Any:
