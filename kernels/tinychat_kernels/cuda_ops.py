@@ -26,6 +26,7 @@ DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 WARP = 32
 VECTOR = 8  # 16-bit values that a thread loads at once
 MOST_THREADS = 1024
+SCRATCH = 4 * WARP  # bytes of shared memory in which the warps of a block join a number each
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
 
@@ -83,25 +84,15 @@ class Heads:
 
 
 def add_rms_norm(launch: Launch, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
-    """x `[R, D]` += delta, in place; out = its RMS norm times weight `[D]`. D is a multiple of 8.
+    """x `[R, D]` += delta, in place; out = its RMS norm times weight `[D]`. D is a multiple of 8, 16,384 at most.
 
     add_rms_norm_{t}(T* x, const T* delta, const T* weight, T* out, int width, float eps); a block a row.
     """
     rows, width = x.shape
-    _multiple("width", width, VECTOR)
     launch(
-        "norm",
-        f"add_rms_norm_{_kind(x)}",
-        (rows, 1, 1),
-        row_threads(width),
-        0,
-        x,
-        delta,
-        weight,
-        out,
-        width,
-        float(eps),
-    )
+        "norm", f"add_rms_norm_{_kind(x)}", (rows, 1, 1), row_threads(width), SCRATCH,
+        x, delta, weight, out, width, float(eps),
+    )  # fmt: skip
 
 
 def swiglu(launch: Launch, gate_up: Tensor, out: Tensor) -> None:
@@ -116,28 +107,35 @@ def swiglu(launch: Launch, gate_up: Tensor, out: Tensor) -> None:
 
 
 def row_threads(width: int) -> int:
-    """Threads of a block that holds one row of 16-bit values, 8 a thread and step."""
-    return min(MOST_THREADS, -(-width // VECTOR // WARP) * WARP)
+    """Threads of a block that holds a row of 16-bit values, 8 or 16 a thread. Raises KernelError: no such block."""
+    _multiple("width", width, VECTOR)
+    if width > 2 * VECTOR * MOST_THREADS:
+        raise KernelError(f"a row of {width} values is too wide: {2 * VECTOR * MOST_THREADS} are supported")
+    return min(MOST_THREADS, -(-width // (VECTOR * WARP)) * WARP)
 
 
 # rope_kv.cu
 
 
-def rope_kv(launch: Launch, qkv: Tensor, tables: tuple[Tensor, Tensor], where: Where, heads: Heads, to: Layer) -> None:
-    """qkv `[R, (Hq + 2 Hkv) D]`: q is turned in place, k is turned and stored, v is stored, at each row's position.
+def rope_kv(
+    launch: Launch, qkv: Tensor, tables: tuple[Tensor, Tensor], where: Where, heads: Heads, to: Layer,
+    bias: Tensor | None = None,
+) -> None:  # fmt: skip
+    """qkv `[R, (Hq + 2 Hkv) D]` + bias: q is turned in place, k turned and stored, v stored, at each row's position.
 
-    cos and sin are fp32 `[positions, D/2]`; pairs are (i, i + D/2). A block a head (q, then k, then v) and row.
-    rope_kv_{t}(T* qkv, const float* cos, const float* sin, const int* positions, const int* slots, T* keys, T* values,
-                int heads, int kv_heads, int head_dim, int capacity)
+    cos and sin are fp32 `[positions, D/2]`, for every position of the cache; pairs are (i, i + D/2). A row whose
+    position is not in the cache is left alone. Neighbouring lanes share a head, 16 channels each.
+    rope_kv_{t}(T* qkv, const T* bias, const float* cos, const float* sin, const int* positions, const int* slots,
+                T* keys, T* values, int heads, int kv_heads, int head_dim, int capacity)
     rope_kv_{t}_kv8: int8_t* keys and values, and after them float* key_scales, float* value_scales: amax / 127.
     """
-    cos, sin = tables
-    rows = len(qkv)
+    _check_heads(heads)
     capacity = to.keys.shape[2]
+    lanes = 1 << (heads.dim // 16 - 1).bit_length()
+    blocks = -(-(heads.queries + 2 * heads.keys) * lanes // 128)
     launch(
-        "rope_kv", f"rope_kv_{_kind(qkv)}{_cached(to)}", (heads.queries + 2 * heads.keys, rows, 1),
-        -(-heads.dim // 2 // WARP) * WARP, 0,
-        qkv, cos, sin, where.positions, where.slots, *_parts(to), heads.queries, heads.keys, heads.dim, capacity,
+        "rope_kv", f"rope_kv_{_kind(qkv)}{_cached(to)}", (blocks, len(qkv), 1), 128, 0,
+        qkv, bias, *tables, where.positions, where.slots, *_parts(to), heads.queries, heads.keys, heads.dim, capacity,
     )  # fmt: skip
 
 
@@ -169,8 +167,7 @@ def attn_decode(
     attn_decode_{t}_d{D}_kv8: int8_t* keys, values, then const float* key_scales, value_scales.
     attn_combine_{t}_d{D}(const float* sums, const float* stats, T* out, int splits); a block a head (x) and row (y).
     """
-    if heads.dim not in HEAD_DIMS:
-        raise KernelError(f"heads of {heads.dim} channels: {', '.join(map(str, HEAD_DIMS))} are supported")
+    _check_heads(heads)
     rows, splits = len(q), partial.sums.shape[2]
     name = f"{_kind(q)}_d{heads.dim}"
     launch(
@@ -255,6 +252,13 @@ def sample(launch: Launch, logits: Tensor, draw: Draw, positions: Tensor) -> Non
         logits, draw.temperature, draw.uniform, draw.scratch, draw.tokens, draw.logprobs, positions, vocabulary,
         SAMPLE_BLOCKS,
     )  # fmt: skip
+
+
+def _check_heads(heads: Heads) -> None:
+    if heads.dim not in HEAD_DIMS:
+        raise KernelError(f"heads of {heads.dim} channels: {', '.join(map(str, HEAD_DIMS))} are supported")
+    if heads.queries % heads.keys:
+        raise KernelError(f"{heads.queries} query heads cannot share {heads.keys} key heads evenly")
 
 
 def _kind(x: Tensor) -> str:
