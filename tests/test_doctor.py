@@ -76,6 +76,9 @@ def test_one_backend_is_taken_and_named(monkeypatch: pytest.MonkeyPatch):
     found = doctor.backends()
     assert [backend["name"] for backend in found if backend["taken"]] == ["ref"]
     assert "4-bit models on the CPU run on ref" in doctor.to_text({"backends": found})
+    assert "their 16-bit vision towers stay as they are, in plain torch" in doctor.to_text({"backends": found})
+    on_cpu = [{**backend, "taken": backend["name"] == "cpu"} for backend in found]
+    assert "their 16-bit vision towers run there too, in 8 bits; --tower float" in doctor.to_text({"backends": on_cpu})
     monkeypatch.setenv("TINYCHAT_BACKEND", "warp")
     text = doctor.to_text({"backends": doctor.backends()})
     assert "4-bit models on the CPU run on none of them: see TINYCHAT_BACKEND" in text

@@ -51,6 +51,10 @@ ISA = (  # what 4-bit kernels look for, in the words of /proc/cpuinfo
 CACHES = ("kernels", "packed", "prefix", "vision")
 VARIABLES = ("TINYCHAT_HOME", "TINYCHAT_CACHE", "TINYCHAT_BACKEND", "TINYCHAT_ISA", "NO_COLOR")
 NVIDIA_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/etc/nv_tegra_release"))
+TOWERS = {  # by the backend of 4-bit models on a CPU
+    "cpu": "run there too, in 8 bits; --tower float or --exact keeps them",
+    "ref": "stay as they are, in plain torch",
+}
 BOARD = Path("/proc/device-tree/model")  # a Jetson's name
 
 
@@ -293,8 +297,10 @@ def _cuda_lines(found: Json) -> list[str]:
 
 def _backend_lines(found: list[Json]) -> list[str]:
     lines = [f"{b['name']} {'on' if b['available'] else 'off'}: {b['reason']}" for b in found]
-    taken = [b["name"] for b in found if b["taken"]]
-    return [*lines, f"4-bit models on the CPU run on {taken[0] if taken else 'none of them: see TINYCHAT_BACKEND'}"]
+    taken = next((b["name"] for b in found if b["taken"]), None)
+    if taken is None:
+        return [*lines, "4-bit models on the CPU run on none of them: see TINYCHAT_BACKEND"]
+    return [*lines, f"4-bit models on the CPU run on {taken}", f"their 16-bit vision towers {TOWERS[taken]}"]
 
 
 def _folder_lines(found: list[Json]) -> list[str]:
