@@ -29,7 +29,7 @@ struct BF16 {
 #endif
 
 template <class To, class From>
-__device__ __forceinline__ To bit_cast(const From& from) {
+__device__ __forceinline__ To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "bit_cast between types of different size");
     return *reinterpret_cast<const To*>(&from);
 }
@@ -49,15 +49,28 @@ __device__ __forceinline__ T* shared_memory() {
 __device__ __forceinline__ u32 shared_address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
 #endif
 
-// 16 bytes that are read once: they stay out of the first cache.
-__device__ __forceinline__ uint4 load_once(const void* from) {
+// 16 bytes that are read once: they stay out of the first cache. What is not wanted is left undefined.
+__device__ __forceinline__ uint4 load_once(const void* from, bool wanted = true) {
 #ifdef TINYCHAT_EMU
-    return *static_cast<const uint4*>(from);
+    return wanted ? *static_cast<const uint4*>(from) : make_uint4(~0u, ~0u, ~0u, ~0u);
 #else
     uint4 out;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0;\n"
+                 "  @wanted ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                  : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
-                 : "l"(from));
+                 : "l"(from), "r"(static_cast<u32>(wanted)));
+    return out;
+#endif
+}
+__device__ __forceinline__ uint2 load_once_8(const void* from, bool wanted = true) {
+#ifdef TINYCHAT_EMU
+    return wanted ? *static_cast<const uint2*>(from) : make_uint2(~0u, ~0u);
+#else
+    uint2 out;
+    asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %3, 0;\n"
+                 "  @wanted ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2]; }"
+                 : "=r"(out.x), "=r"(out.y)
+                 : "l"(from), "r"(static_cast<u32>(wanted)));
     return out;
 #endif
 }
