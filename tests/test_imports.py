@@ -56,6 +56,7 @@ ASSEMBLY = {
     "tinychat.repack",
     "tinychat.convert",
     "tinychat.convert_files",
+    "tinychat.cuda_packing",
     "tinychat.quantize",
     "tinychat.planner",
     "tinychat.packed_tower",

@@ -116,7 +116,7 @@ def _breakdown(subject: Subject, asked: Request, images: int) -> Json:
     Raises UsageError without the kernels.
     """
     decoder = getattr(subject.model, "one_call", None)
-    if decoder is None:
+    if decoder is None or not hasattr(decoder.kernel, "start_profile"):
         raise UsageError(
             f"--breakdown reads the CPU kernels' clock, and {subject.name} runs on {backend_of(subject.model)}",
             "take a 4-bit model on a CPU; `tinychat doctor` says whether the kernels run here",
@@ -154,14 +154,14 @@ def _encode_stages(spent: Json, vision_s: float, images: int) -> list[Json]:
 def backend_of(model: Any) -> str:
     """What computes the 4-bit linears of a model."""
     from tinychat.layers.linear import QuantLinear
+    from tinychat_kernels import cpu, cuda, cuda_layout
 
-    kinds = {module.prepared for module in model.modules() if isinstance(module, QuantLinear)}
-    if not kinds:
+    held = {type(module.packed) for module in model.modules() if isinstance(module, QuantLinear)}
+    if not held:
         return "torch"
-    if kinds == {True}:
-        from tinychat_kernels import cpu
-
-        return f"cpu, {cpu.available()[1]}"
+    for kind, backend in ((cpu.Packed, cpu), (cuda_layout.Packed, cuda)):
+        if held == {kind}:
+            return f"{backend.__name__.rpartition('.')[2]}, {backend.available()[1]}"
     return "ref"
 
 

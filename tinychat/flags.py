@@ -63,7 +63,7 @@ class ModelFlags:
     exact: Annotated[
         bool, typer.Option("--exact", help="Keep activations in 32 bits where 4-bit layers run on a CPU: slower.")
     ] = False
-    head: Annotated[str, typer.Option(help="A 16-bit head of a 4-bit model on a CPU: int8, or float to keep it.")] = (
+    head: Annotated[str, typer.Option(help="A 16-bit head of a 4-bit model: int8, or float to keep it.")] = (
         "int8"
     )
     tower: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tinychat import checkpoint
+from tinychat import checkpoint, cuda_packing
 from tinychat.checkpoint import Index
 from tinychat.config import FLOAT_TYPES, VilaConfig, read_config, read_json
 from tinychat.core import Progress
@@ -164,7 +164,7 @@ def open_parts(folder: Path, config: VilaConfig) -> Index:
 
 def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:
     """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time."""
-    packing = packing_of(source, placement)
+    packing, for_cuda = packing_of(source, placement), cuda_packing.applies(source, placement)
     device, dtype = placement.main_device, _dtype_of(source, placement, packing)
     model = empty_model(source.config, dtype, source.spec, frozenset(packed_linears(source.index)), source.int8)
     device_map = None
@@ -175,6 +175,8 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
     checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, loading, **other)
     if packing:
         fill(model, source, packing, dtype, preparing)
+    if for_cuda:
+        cuda_packing.prepare(model, source, placement)
     if source.int8 and not placement.dequantize:
         prepare_tower(model, placement)
     if placement.dequantize:

@@ -11,7 +11,9 @@ from typing import Any
 
 from tinychat_kernels.errors import KernelError
 
-ORDER = ("cpu", "ref")  # from the fastest to the plainest
+ORDER = ("cuda", "autoawq", "cpu", "ref")  # from the fastest to the plainest
+SERVES = {"cuda": ("cuda", "autoawq", "ref"), "cpu": ("cpu", "ref")}  # a kind of device -> its backends, in order
+PLAINEST = ("ref",)
 OPS = ("w4_linear", "w8a8_linear", "linear")
 
 
@@ -37,27 +39,33 @@ def asked() -> str | None:
     return name
 
 
-def chosen() -> Backend:
-    """The backend for a model on this machine's CPU: the one that TINYCHAT_BACKEND asks for, or the first that runs.
+def chosen(device: str = "cpu") -> Backend:
+    """The backend for a model on a kind of device: the one that TINYCHAT_BACKEND asks for, or the first that runs.
 
-    Raises KernelError where the one asked for does not run.
+    Raises KernelError where the one asked for does not run, or not there.
     """
-    name = asked()
-    found = next(backend for backend in backends() if (name in (None, backend.name)) and (name or backend.available))
+    name, serving = asked(), SERVES.get(device, PLAINEST)
+    if name is not None and name not in serving:
+        kinds = " and ".join(kind for kind, names in SERVES.items() if name in names)
+        raise KernelError(f"the backend {name} runs on {kinds}, the model is on {device}: see `tinychat doctor`")
+    if name is None:
+        return next(state for known in serving if (state := Backend(known, *_state(known))).available)
+    found = Backend(name, *_state(name))
     if not found.available:
-        raise KernelError(f"the backend {found.name} is off: {found.reason}: see `tinychat doctor`")
+        raise KernelError(f"the backend {name} is off: {found.reason}: see `tinychat doctor`")
     return found
 
 
-def pick(op: str, backend: str | None = None) -> Callable[..., Any]:
-    """The function of an op: of the backend named, of the one TINYCHAT_BACKEND asks for, or of the first that runs.
+def pick(op: str, backend: str | None = None, device: str = "cpu") -> Callable[..., Any]:
+    """The function of an op: of the backend named, or of the first on this kind of device that has it and runs.
 
-    Weights are packed for one backend: a layer names the one that its own are for.
+    TINYCHAT_BACKEND may ask for one. Weights are packed for one backend: a layer names the one that its own are for.
     """
     wanted = backend or asked()
-    names = [wanted] if wanted else [state.name for state in backends() if state.available]
+    names = (wanted,) if wanted else SERVES.get(device, PLAINEST)
     for name in names if op in OPS else ():
-        if (function := getattr(_module(name), op, None)) is not None:
+        running = wanted is not None or _state(name)[0]
+        if running and (function := getattr(_module(name), op, None)) is not None:
             return function
     raise KernelError(f"no backend has an op {op!r}: see `tinychat doctor`")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tinychat_kernels import cpu, ref, registry
+from tinychat_kernels import autoawq, cpu, cuda, ref, registry
 from tinychat_kernels.errors import KernelError
 
 
@@ -58,3 +58,43 @@ def test_the_environment_chooses_and_an_argument_comes_first(monkeypatch: pytest
 def test_what_is_no_op_is_refused(name: str) -> None:
     with pytest.raises(KernelError, match=f"no backend has an op '{name}': see `tinychat doctor`"):
         registry.pick(name, "ref")
+
+
+# A GPU's backends
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Which backends run; may be changed."""
+    running = {"cuda": True, "autoawq": True, "cpu": True}
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    for module in (cuda, autoawq, cpu):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "available", lambda name=name: (running[name], f"{name} says so"))
+    return running
+
+
+def test_a_device_has_its_own_order(states: dict[str, bool]) -> None:
+    assert (registry.chosen("cuda").name, registry.chosen().name) == ("cuda", "cpu")
+    assert registry.pick("w4_linear", device="cuda") is cuda.w4_linear
+    states["cuda"] = False
+    assert registry.chosen("cuda") == registry.Backend("autoawq", True, "autoawq says so")
+    assert registry.pick("w4_linear", device="cuda") is autoawq.w4_linear
+    assert registry.pick("w8a8_linear", device="cuda") is ref.w8a8_linear  # which autoawq has not
+    states["autoawq"] = False
+    assert registry.chosen("cuda").name == registry.chosen("mps").name == "ref"
+    assert registry.pick("w4_linear", device="mps") is ref.w4_linear
+
+
+def test_a_backend_of_another_device_is_named(states: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYCHAT_BACKEND", "cpu")
+    assert registry.chosen().name == "cpu"
+    with pytest.raises(KernelError, match="the backend cpu runs on cpu, the model is on cuda: see `tinychat doctor`"):
+        registry.chosen("cuda")
+    monkeypatch.setenv("TINYCHAT_BACKEND", "autoawq")
+    with pytest.raises(KernelError, match="the backend autoawq runs on cuda, the model is on cpu"):
+        registry.chosen()
+    assert registry.chosen("cuda").name == "autoawq"
+    states["autoawq"] = False
+    with pytest.raises(KernelError, match="the backend autoawq is off: autoawq says so"):
+        registry.chosen("cuda")

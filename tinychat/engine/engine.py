@@ -6,9 +6,10 @@ share, pictures included, so a conversation's turn computes only what is new, an
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from tinychat.core import Event, Failed, Finished, FinishReason, Progress, Request, Started, Timings, Token, Usage
 from tinychat.engine.detokenizer import Detokenizer
-from tinychat.engine.prefill import Model, embed_rest, open_slots, shared_prefix
-from tinychat.engine.sampler import Sampler, make_sampler
+from tinychat.engine.prefill import Draws, Model, embed_rest, open_slots, shared_prefix
+from tinychat.engine.sampler import Sampler, make_sampler, no_numbers
 from tinychat.engine.stopping import Stopping
 from tinychat.errors import CapacityError, TinychatError
 from tinychat.inputs.processor import Processor, Prompt
@@ -211,8 +212,8 @@ class Engine:
         """Draw, show and feed back one token after another, until the answer ends; `answer` collects it."""
         stopping = answer.stopping
         reason: FinishReason = "cancelled"
+        token, logprob = sampler(logits, stopping.token_ids)
         while not self._cancelled.is_set():
-            token, logprob = sampler(logits, stopping.token_ids)
             clock.token()
             step = stopping.push(token)
             if step.reason != "eos":
@@ -221,11 +222,26 @@ class Engine:
             if step.reason:
                 reason = step.reason
                 break
-            with clock.stage("decode"), running():
-                logits = self._decode(token)
+            token, logprob = self._next(token, sampler, stopping.token_ids, clock)
         last = stopping.finish(reason)
         answer.tail, answer.reason = last.text, last.reason or reason
         answer.text.append(last.text)
+
+    def _next(self, token: int, sampler: Sampler, generated: Sequence[int], clock: Clock) -> tuple[int, float]:
+        """The token after this one and its log-probability, drawn by the model itself where it can."""
+        temperature, model = sampler.temperature, self.model
+        with clock.stage("decode"), running():
+            if temperature is not None and isinstance(model, Draws) and model.can_draw:
+                return self._drawn(model, token, temperature, sampler.number())
+            logits = self._decode(token)
+        return sampler(logits, generated)
+
+    def _drawn(self, model: Draws, token: int, temperature: float, number: float) -> tuple[int, float]:
+        (drawn,), (logprob,) = model.draw([token], self._open_cache(), [temperature], [number])
+        self._keys.append(token)
+        if math.isnan(logprob):
+            raise no_numbers()
+        return drawn, logprob
 
     def _decode(self, token: int) -> Tensor:
         cache = self._open_cache()

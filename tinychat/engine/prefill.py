@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ class Model(Protocol):
     def prefill(self, embeds: Tensor, cache: KVCache, start: int) -> Tensor: ...
     def decode(self, ids: Tensor, cache: KVCache) -> Tensor: ...
     def make_cache(self, rows: int, capacity: int) -> KVCache: ...
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A model that may draw the next token where it computes, so that no logits come back."""
+
+    @property
+    def can_draw(self) -> bool: ...
+    def draw(
+        self, tokens: Sequence[int], cache: KVCache, temperatures: Sequence[float], numbers: Sequence[float]
+    ) -> tuple[list[int], list[float]]:
+        """The newest token of each row, appended to the cache -> the next one and its log-probability."""
+        ...
 
 
 def shared_prefix(cached: Sequence[object], wanted: Sequence[object]) -> int:

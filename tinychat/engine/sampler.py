@@ -137,6 +137,18 @@ class Sampler:
             token = int(scores.argmax()) if self.params.temperature == 0 else self._draw(scores)
             return token, float(raw[token] - raw.logsumexp(-1))
 
+    @property
+    def temperature(self) -> float | None:
+        """What alone decides about a draw, beside the logits; None where there is more, such as a penalty."""
+        params = self.params
+        penalties = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
+        more = penalties or params.logit_bias or len(self._warpers) > (params.temperature not in (0, 1))
+        return None if more else params.temperature
+
+    def number(self) -> float:
+        """The next of this row's random numbers, in [0, 1); one is taken a token, and none where no draw is made."""
+        return 0.0 if self.params.temperature == 0 else float(self._random())
+
     def process(self, scores: Tensor, generated: Sequence[int]) -> Tensor:
         """Scores `[V]` float32 -> the scores that are drawn from; -inf is out. Changes nothing, draws nothing."""
         scores = self._penalize(self._add_bias(scores), generated)
@@ -167,8 +179,11 @@ class Sampler:
     def _draw(self, scores: Tensor) -> int:
         """Inverts the distribution function at one random number in [0, 1)."""
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        number = torch.rand((), dtype=torch.float64, generator=self._generator)
-        return int(torch.searchsorted(cumulative, number.to(cumulative.device) * cumulative[-1], right=True))
+        number = self._random().to(cumulative.device)
+        return int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+
+    def _random(self) -> Tensor:
+        return torch.rand((), dtype=torch.float64, generator=self._generator)
 
 
 def make_sampler(params: SamplingParams, prompt_ids: Sequence[int], device: torch.device | str) -> Sampler:
@@ -179,9 +194,14 @@ def make_sampler(params: SamplingParams, prompt_ids: Sequence[int], device: torc
 def _check_logits(scores: Tensor, dtype: torch.dtype) -> None:
     if scores.max().isfinite():
         return
-    raise ModelError(
-        f"the model's logits are not numbers ({int(scores.isfinite().sum())} of {scores.numel()} are finite, "
-        f"dtype {str(dtype).removeprefix('torch.')})",
+    finite = f"{int(scores.isfinite().sum())} of {scores.numel()} are finite"
+    raise no_numbers(f" ({finite}, dtype {str(dtype).removeprefix('torch.')})")
+
+
+def no_numbers(which: str = "") -> ModelError:
+    """What is raised where a model's logits hold no number to draw by."""
+    return ModelError(
+        f"the model's logits are not numbers{which}",
         "float16 overflows in some models: try --dtype float32 or --dtype bfloat16",
     )
 

@@ -70,6 +70,10 @@ class CpuDecoder:
         self.kernel = cpu_decoder.Decoder(weights, exact=exact)
         self._parts = list(_parts(llm))
 
+    def cache_dtype(self, model: torch.dtype) -> torch.dtype:
+        """What a cache for a model of this dtype holds: float16 where activations are rounded anyway."""
+        return torch.float16 if model == torch.float32 and not self.kernel.exact else model
+
     @classmethod
     def of(cls, llm: nn.Module, config: Config) -> CpuDecoder | None:
         """None where `obstacle` names one, or the kernels do not take the model's sizes."""
@@ -120,7 +124,7 @@ def obstacle(llm: nn.Module, config: Config) -> str | None:
     """Why a decoder (tinychat.models.llama.LlamaForCausalLM) cannot run in one call; None where nothing is known."""
     model: Any = llm.model
     linears = _linears(model.layers)
-    if any(not isinstance(one, QuantLinear) or not one.prepared for one in linears):
+    if any(not isinstance(one, QuantLinear) or not isinstance(one.packed, Packed) for one in linears):
         return "its linears are not 4-bit ones that the CPU kernels hold"
     packed = (*_linears(model.layers), llm.lm_head)
     exact = {one.exact for one in packed if isinstance(one, QuantLinear | PackedHead)}
@@ -161,7 +165,7 @@ def _watched(llm: nn.Module) -> bool:
 
 def _head(head: Any) -> Packed | Tensor | None:
     if isinstance(head, PackedHead):
-        return head.packed
+        return head.packed if isinstance(head.packed, Packed) else None
     plain = type(head) is nn.Linear and head.bias is None and _is_table(head.weight)
     return head.weight if plain else None
 

@@ -88,7 +88,7 @@ def obstacle(tower: nn.Module) -> str | None:
 
 
 def _is_held(linear: nn.Module) -> bool:
-    rounded = isinstance(linear, PackedLinear) and not linear.exact
+    rounded = isinstance(linear, PackedLinear) and isinstance(linear.packed, Packed) and not linear.exact
     return rounded or (isinstance(linear, Int8Linear) and linear.prepared)
 
 
@@ -114,7 +114,7 @@ def _watched(tower: nn.Module) -> bool:
 
 def _held(linear: PackedLinear | Int8Linear) -> Packed:
     held = linear.packed if isinstance(linear, PackedLinear) else linear.held
-    assert held is not None
+    assert isinstance(held, Packed)
     return held
 
 

@@ -1,4 +1,4 @@
-"""The head of a decoder in 8 bits, for the CPU kernels: a quarter to a half of the bytes that a token reads of it."""
+"""The head of a decoder in 8 bits, for kernels: a quarter to a half of the bytes that a token reads of it."""
 
 from __future__ import annotations
 

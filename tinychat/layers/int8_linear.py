@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tinychat.layers.prepared import Prepared
+from tinychat.layers.prepared import Held, Prepared
 from tinychat_kernels import registry
 from tinychat_kernels.cpu import Packed
 from tinychat_kernels.int8 import Int8, dequantize_rows, quantize_rows
@@ -40,7 +40,9 @@ class Int8Linear(Prepared):
     @property
     def held(self) -> Packed | None:
         """The weights as the CPU kernels read them, where they are held so."""
-        return self._prepared
+        held = self._prepared
+        assert held is None or isinstance(held, Packed)
+        return held
 
     def prepare(self, packed: Packed | None = None) -> None:
         """Hold the weights as the CPU kernels read them, packed before or now. Raises BuildError without kernels."""
@@ -81,7 +83,8 @@ class Int8Linear(Prepared):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
-    def _unpacked(self, packed: Packed) -> Mapping[str, Tensor]:
+    def _unpacked(self, packed: Held) -> Mapping[str, Tensor]:
         from tinychat_kernels import blocks
 
+        assert isinstance(packed, Packed)
         return dict(zip(self.FORM, blocks.unpack_int8(packed), strict=True))

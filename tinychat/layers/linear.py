@@ -8,9 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tinychat.layers.prepared import Prepared
-from tinychat_kernels import layout, registry
-from tinychat_kernels.cpu import Packed
+from tinychat.layers.prepared import Held, Prepared
+from tinychat_kernels import cuda_layout, layout, registry
 from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec
 
 
@@ -33,7 +32,7 @@ class QuantLinear(Prepared):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     @property
-    def packed(self) -> AwqGemm | Packed:
+    def packed(self) -> AwqGemm | Held:
         """The weights as they are held now."""
         return self._prepared or self._words()
 
@@ -41,24 +40,24 @@ class QuantLinear(Prepared):
         """(q, scale, zero) as tinychat_kernels.layout defines them."""
         if self._prepared is None:
             return layout.to_logical(self._words(), self.spec)
-        from tinychat_kernels import blocks
-
-        return blocks.unpack(self._prepared, self.spec)
+        return _logical(self._prepared, self.spec)
 
     def load_logical(self, logical: Logical) -> None:
         """Take over quantized weights; the bias stays."""
         self.qweight, self.qzeros, self.scales = layout.from_logical(logical, self.spec)
         self._prepared = None
 
-    def prepare(self, packed: Packed | None = None, *, exact: bool = False) -> None:
-        """Hold the weights as the CPU kernels read them, packed before or now; `exact`: activations stay float32.
+    def prepare(self, packed: Held | None = None, *, exact: bool = False) -> None:
+        """Hold the weights as the kernels of their device read them, packed before or now.
 
-        Raises LayoutError for weights that the kernels cannot hold, BuildError where there are none.
+        `exact`: activations stay float32, on a CPU. Raises LayoutError for weights that the kernels cannot hold,
+        BuildError where there are none for the CPU.
         """
         if packed is None:
-            from tinychat_kernels import cpu
+            from tinychat_kernels import cpu, cuda
 
-            packed = cpu.pack(self._words(), self.spec)
+            words = self._words()
+            packed = (cuda if words.qweight.is_cuda else cpu).pack(words, self.spec)
         self._hold(packed)
         self.exact = exact
 
@@ -83,10 +82,10 @@ class QuantLinear(Prepared):
     def forward(self, x: Tensor) -> Tensor:
         flat, bias = x.reshape(-1, self.in_features), cast("Tensor | None", self.bias)
         registry.asked()  # a wrong name is an error, whatever computes
-        if self._computes_by(x) == "ref":
-            out = registry.pick("w4_linear", "ref")(flat, self._words(), self.spec, bias)
-        else:
-            out = registry.pick("w4_linear", "cpu")(flat, self._prepared, self.spec, bias, exact=self.exact)
+        backend = self._computes_by(x)
+        weights = self.packed if self.prepared and backend != "ref" else self._words()
+        exact = {"exact": self.exact} if backend == "cpu" else {}
+        out = registry.pick("w4_linear", backend)(flat, weights, self.spec, bias, **exact)
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -96,7 +95,21 @@ class QuantLinear(Prepared):
     def _words(self) -> AwqGemm:
         return AwqGemm(**self._form())
 
-    def _unpacked(self, packed: Packed) -> Mapping[str, Tensor]:
-        from tinychat_kernels import blocks
+    def _unpacked(self, packed: Held) -> Mapping[str, Tensor]:
+        return layout.from_logical(_logical(packed, self.spec), self.spec)._asdict()
 
-        return layout.from_logical(blocks.unpack(packed, self.spec), self.spec)._asdict()
+    def _backend_of_form(self, x: Tensor) -> str:
+        """autoawq, where it is chosen on a GPU and takes such a linear: its kernels read what lies on disk."""
+        if not x.is_cuda or registry.chosen("cuda").name != "autoawq":
+            return "ref"
+        from tinychat_kernels import autoawq
+
+        return "ref" if autoawq.obstacle(x.dtype, self._words(), self.spec) else "autoawq"
+
+
+def _logical(packed: Held, spec: QuantSpec) -> Logical:
+    if isinstance(packed, cuda_layout.Packed):
+        return cuda_layout.unpack(packed, spec)
+    from tinychat_kernels import blocks
+
+    return blocks.unpack(packed, spec)

@@ -1,4 +1,4 @@
-"""What quantized linears share: their weights held as a checkpoint has them, or as the CPU kernels read them."""
+"""What quantized linears share: their weights held as a checkpoint has them, or as a device's kernels read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from tinychat_kernels import cuda_layout
 from tinychat_kernels.cpu import Packed
+
+Held = Packed | cuda_layout.Packed  # as the kernels of a CPU read weights, or those of a GPU
 
 
 class Prepared(nn.Module):
@@ -21,11 +24,11 @@ class Prepared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._prepared: Packed | None = None
+        self._prepared: Held | None = None
 
     @property
     def prepared(self) -> bool:
-        """Whether the weights are held as the CPU kernels read them."""
+        """Whether the weights are held as a device's kernels read them."""
         return self._prepared is not None
 
     def restore(self) -> None:
@@ -35,11 +38,11 @@ class Prepared(nn.Module):
                 setattr(self, name, tensor)
             self._prepared = None
 
-    def _unpacked(self, packed: Packed) -> Mapping[str, Tensor]:
+    def _unpacked(self, packed: Held) -> Mapping[str, Tensor]:
         """The buffers that were packed, bit for bit."""
         raise NotImplementedError
 
-    def _hold(self, packed: Packed) -> None:
+    def _hold(self, packed: Held) -> None:
         self._prepared = packed
         for name in self.FORM:
             setattr(self, name, None)
@@ -52,7 +55,15 @@ class Prepared(nn.Module):
 
     def _computes_by(self, x: Tensor) -> str:
         """The backend for these inputs: kernels keep no gradients."""
-        return "cpu" if self.prepared and not (x.requires_grad and torch.is_grad_enabled()) else "ref"
+        if x.requires_grad and torch.is_grad_enabled():
+            return "ref"
+        if self._prepared is not None:
+            return "cuda" if isinstance(self._prepared, cuda_layout.Packed) else "cpu"
+        return self._backend_of_form(x)
+
+    def _backend_of_form(self, x: Tensor) -> str:
+        """The backend that computes from the buffers as they are."""
+        return "ref"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -66,7 +77,8 @@ class Prepared(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
         """A cast or a move is for the buffers."""
         if self._prepared is not None:
-            before = torch.empty(0, dtype=self._prepared.scale)
+            device = self._prepared.words.device if isinstance(self._prepared, cuda_layout.Packed) else "cpu"
+            before = torch.empty(0, dtype=self._prepared.scale, device=device)
             after = fn(before)
             if (after.dtype, after.device) != (before.dtype, before.device):
                 self.restore()

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tinychat.config import FLOAT_TYPES, VilaConfig
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.cpu_decoder import CpuDecoder
+from tinychat.layers.cuda_decoder import CudaDecoder
 from tinychat.layers.kv_cache import KVCache, KVPool, start_positions
 from tinychat.models import vila_fusion
 from tinychat.models.llama import LlamaForCausalLM
@@ -57,7 +58,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             return
         config = config or self.config
         self._owned: KVCache | None = None
-        self._one_call: CpuDecoder | None = None
+        self._one_call: CpuDecoder | CudaDecoder | None = None
         self.llm = LlamaForCausalLM(config.text)
         self.build_vision(config.vision, config.projector)
         dtype = _dtype_of(config, self.llm.lm_head.weight.device)
@@ -136,10 +137,28 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             self._choose_way()
         return cast("Tensor", self._step(ids, cache, list(cache.lengths), "every"))
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether `draw` may be called: the CUDA kernels ran the last prefill."""
+        return isinstance(self._one_call, CudaDecoder)
+
+    def draw(
+        self, tokens: Sequence[int], cache: KVCache, temperatures: Sequence[float], numbers: Sequence[float]
+    ) -> tuple[list[int], list[float]]:
+        """The newest token of each row, appended to the cache -> the next one and its log-probability.
+
+        Drawn on the GPU: the likeliest at temperature 0, else by inverting the distribution at `numbers`, in [0, 1).
+        """
+        assert isinstance(self._one_call, CudaDecoder)
+        cache.check_room(cache.lengths, 1)
+        drawn = self._one_call.draw(list(tokens), cache, list(temperatures), list(numbers))
+        cache.advance(1)
+        return drawn
+
     def make_cache(self, rows: int = 1, capacity: int | None = None) -> KVCache:
         """An empty cache; by default min(max_position_embeddings, 4096) tokens a row.
 
-        Its dtype is the model's, or float16 where the CPU kernels read it and round activations anyway.
+        Its dtype is the model's, or what the kernels that run the decoder say.
         """
         text = self.llm.config
         capacity = capacity or min(text.max_position_embeddings, OWNED_CAPACITY)
@@ -147,8 +166,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
 
     def _cache_dtype(self) -> torch.dtype:
         self._choose_way()
-        rounds = self._one_call is not None and not self._one_call.kernel.exact
-        return torch.float16 if rounds and self.dtype == torch.float32 else self.dtype
+        return self.dtype if self._one_call is None else self._one_call.cache_dtype(self.dtype)
 
     def _step(self, inputs: Tensor, cache: KVCache, starts: list[int], want: str) -> Tensor | None:
         """Ids `[B, T]` or embeddings `[B, T, D]` into the cache -> logits of the "last" token, "every" or "none"."""
@@ -167,15 +185,16 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         return self.llm.logits(hidden[:, -1:] if want == "last" else hidden)
 
     @property
-    def one_call(self) -> CpuDecoder | None:
-        """The decoder as one call of the CPU kernels; None where its modules run."""
+    def one_call(self) -> CpuDecoder | CudaDecoder | None:
+        """The decoder as its device's kernels run it as a whole; None where its modules run."""
         self._choose_way()
         return self._one_call
 
     def _choose_way(self) -> None:
-        """Whether the CPU kernels run the decoder in one call: asked at each prefill, since modules may be changed."""
+        """Whether kernels run the decoder as a whole: asked at each prefill, since modules may be changed."""
         if self._one_call is None or not self._one_call.is_current():
-            self._one_call = CpuDecoder.of(self.llm, self.llm.config)
+            way = CudaDecoder if self.device.type == "cuda" else CpuDecoder
+            self._one_call = way.of(self.llm, self.llm.config)
 
     # The cache that the model owns: a plain attribute, outside state_dict, pickle and deepcopy.
 

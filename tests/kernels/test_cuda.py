@@ -1,0 +1,143 @@
+"""The CUDA backend without a GPU: packing, joining, plain torch as its fallback, and the check of a first use."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulated import needs_compiler, relative
+from torch import Tensor
+
+from emu.launcher import Emulator
+from tinychat_kernels import cuda, cuda_checks, cuda_layout, cuda_library, ref, registry
+from tinychat_kernels.cuda_layout import Packed
+from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.layout import QuantSpec, dequantize, from_logical, quantize, to_logical
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def words(outputs: int = 80, inputs: int = 192, group: int = 64, seed: int = 0):
+    spec = QuantSpec(group_size=group)
+    return from_logical(quantize(noise(outputs, inputs, seed=seed).half(), spec), spec), spec
+
+
+def packed(outputs: int = 80, inputs: int = 192, group: int = 64, seed: int = 0) -> Packed:
+    return cuda.pack(*words(outputs, inputs, group, seed))
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(80, 192, 64), (8, 128, 128), (1040, 96, 32), (24, 160, -1)])
+def test_plain_torch_computes_what_ref_does(outputs: int, inputs: int, group: int) -> None:
+    disk, spec = words(outputs, inputs, group)
+    made = cuda.pack(disk, spec)
+    x, bias = noise(3, inputs, seed=1), noise(outputs, seed=2)
+    assert relative(cuda.plain(x, made, bias), ref.w4_linear(x, disk, spec, bias)) < 1e-6
+    whole = torch.cat(list(cuda.floats(made, torch.float64, tiles=3)))
+    assert torch.equal(whole, dequantize(to_logical(disk, spec), torch.float64))
+    for ours, theirs in zip(from_logical(cuda.unpack(made, spec), spec), disk, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_op_is_torchs_and_the_registrys() -> None:
+    disk, spec = words()
+    made, x, bias = cuda.pack(disk, spec), noise(2, 192, seed=1).half(), noise(80).half()
+    out = registry.pick("w4_linear", "cuda")(x, made, spec, bias)
+    assert torch.equal(out, cuda.plain(x, made, bias)) and out.dtype == torch.float16
+    for given in (bias, None):
+        sizes = made.inputs, made.outputs, made.group, made.scale
+        torch.library.opcheck(cuda_library.linear, (x, made.words, made.scales, given, *sizes))
+    with pytest.raises(LayoutError, match="the tiles hold weights of 4 bits, the spec says 8"):
+        cuda.w4_linear(x, made, QuantSpec(bits=8), None)
+
+
+def test_linears_are_joined_and_split_without_a_copy() -> None:
+    parts = [packed(32), packed(16, seed=1), packed(40, seed=2)]
+    whole, x = cuda.join(parts), noise(2, 192, seed=3)
+    assert torch.equal(cuda.plain(x, whole, None), torch.cat([cuda.plain(x, part, None) for part in parts], 1))
+    own = cuda.split(whole, [32, 16, 40])
+    for one, part in zip(own, parts, strict=True):
+        assert torch.equal(one.words, part.words) and torch.equal(one.scales, part.scales)
+        assert one.words.untyped_storage().data_ptr() == whole.words.untyped_storage().data_ptr()
+    with pytest.raises(LayoutError, match=r"outputs \[40\], cannot be joined"):
+        cuda.join([parts[2], parts[0]])
+    with pytest.raises(LayoutError, match="cannot be joined"):
+        cuda.join([parts[0], packed(32, group=32)])
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(72, 256, 128), (20, 96, 96)])
+def test_a_head_is_rounded_slice_by_slice(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, group: int
+) -> None:
+    weight = noise(outputs, inputs).half()
+    whole = cuda.quantize_head(weight)
+    monkeypatch.setattr(cuda, "SLICE", 32)
+    made = cuda.quantize_head(weight)
+    assert torch.equal(made.words, whole.words) and torch.equal(made.scales, whole.scales)
+    assert (made.bits, made.outputs) == (8, outputs)
+    found = torch.cat(list(cuda.floats(made, torch.float64)))
+    step = (weight.double().unflatten(1, (-1, group)).abs().amax(2) / 127).half().double()
+    assert ((found - weight).unflatten(1, (-1, group)).abs() <= 0.501 * step[..., None]).all()
+    with pytest.raises(LayoutError, match="NaN or Inf"):
+        cuda.quantize_head(weight.index_fill(0, torch.tensor([3]), float("inf")))
+
+
+def test_other_dtypes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "activations are torch.float32" in str(cuda.obstacle(torch.float32, device))
+    assert cuda.obstacle(torch.bfloat16, device) == "this GPU has no products of bfloat16: give --dtype float16"
+    assert cuda.obstacle(torch.float16, device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert cuda.obstacle(torch.bfloat16, device) is None
+
+
+# The check of a first use
+
+
+@needs_compiler
+@pytest.mark.parametrize("made", [packed(), packed(8, 128, 32), cuda.quantize_head(noise(100, 256))])
+def test_kernels_that_are_right_pass(made: Packed) -> None:
+    assert cuda.check(Emulator().launch, made, torch.float16, 1) is None
+    assert cuda.check(Emulator().launch, made, torch.bfloat16, 3) is None
+
+
+@needs_compiler
+def test_kernels_that_are_wrong_are_named() -> None:
+    made = packed()
+
+    def other_weights(unit, entry, grid, block, shared, *args) -> None:
+        swapped = [made.words.flip(0) if arg is made.words else arg for arg in args]
+        Emulator().launch(unit, entry, grid, block, shared, *swapped)
+
+    def half_of_the_blocks(unit, entry, grid, block, shared, *args) -> None:
+        Emulator().launch(unit, entry, (1, 1, 1), block, shared, *args)
+
+    assert "is off by" in str(cuda.check(other_weights, made, torch.float16, 1))
+    assert "is off by nan" in str(cuda.check(half_of_the_blocks, made, torch.float16, 1))
+    assert "is off by nan" in str(cuda.check(lambda *args: None, made, torch.float16, 2))
+
+
+def test_a_shape_that_fails_is_said_and_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: dict[str, bool] = {}
+
+    def passed(device, name, wrong) -> bool:
+        return results.setdefault(name, wrong() is None)
+
+    monkeypatch.setattr(cuda_checks, "passed", passed)
+    monkeypatch.setattr(cuda, "check", lambda *args: "is off by 1.0e+00")
+    device = SimpleNamespace(index=0)
+    with pytest.warns(UserWarning, match=r"gemv 4 bits 192x80 g64 float16 float16 is off by .* runs on plain torch"):
+        assert not cuda.passed(device, packed(), torch.float16, 8)
+    monkeypatch.setattr(cuda, "check", lambda *args: None)
+    assert cuda.passed(device, dataclasses.replace(packed(), outputs=72), torch.float16, 9)
+    assert list(results) == ["gemv 4 bits 192x80 g64 float16 float16", "gemm 4 bits 192x72 g64 float16 float16"]
+
+
+def test_why_the_backend_is_off() -> None:
+    if not torch.cuda.is_available():
+        assert cuda.available() == (False, cuda.why_none())
+    assert cuda_layout.TILE == 16
