@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from emu import build
+from tinychat_kernels import cuda_linear
 
 ORDERS = ("forward", "reverse", "greedy forward", "greedy reverse")  # as in scheduler.h
 ROOM = 512  # bytes of a message
@@ -52,7 +53,8 @@ class Emulator:
         self, unit: str, entry: str, grid: Sequence[int], block: int | Sequence[int], shared: int, *arguments: Argument
     ) -> None:
         """Run a kernel; tensors pass their address. Raises EmulationError."""
-        kernel = getattr(build.unit(self.sources / f"{unit}.cu", self.arch, self.defines), entry)
+        defines = (*self.defines, *cuda_linear.defines(entry))
+        kernel = getattr(build.unit(self.sources / f"{unit}.cu", self.arch, defines), entry)
         kinds, words = zip(*map(_word, arguments), strict=True) if arguments else ((), ())
         message = ctypes.create_string_buffer(ROOM)
         failed = build.runtime().emu_launch(

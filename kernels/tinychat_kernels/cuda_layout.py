@@ -62,7 +62,7 @@ def pack(logical: Logical, spec: QuantSpec) -> Packed:
     for start in range(0, outputs, SLICE):
         part = slice(start, start + SLICE)
         tiles = slice(start // TILE, (start + SLICE) // TILE)
-        made.words[tiles, :, 0] = _words(logical.q[:, part], made.units)
+        made.words[tiles, :, 0] = _words(_whole(logical.q[:, part], logical.zero[-1:, part], made.units))
         made.scales[tiles] = _scales(logical.scale[:, part], logical.zero[:, part], made)
     return made
 
@@ -89,11 +89,9 @@ def pack_int8(weight: Tensor, scales: Tensor) -> Packed:
     made = _empty(inputs, outputs, 8, size, scale_dtype(scales), weight.device)
     for start in range(0, outputs, SLICE):
         tiles = slice(start // TILE, (start + SLICE) // TILE)
-        q = weight[start : start + SLICE].T.to(torch.int16) + MIDDLE
-        middle = q.new_full((1, 1), MIDDLE).expand(made.units * UNIT - inputs, q.shape[1])
-        wide = torch.cat([q, middle]).to(torch.uint8)
-        made.words[tiles, :, 0] = _words(wide >> 4, made.units)
-        made.words[tiles, :, 1] = _words(wide & 15, made.units)
+        q = (weight[start : start + SLICE].T.to(torch.int16) + MIDDLE).to(torch.uint8)
+        wide = _whole(q, torch.full_like(q[:1], MIDDLE), made.units)
+        made.words[tiles, :, 0], made.words[tiles, :, 1] = _words(wide >> 4), _words(wide & 15)
         part = scales[start : start + SLICE].T
         made.scales[tiles] = _scales(part, torch.full_like(part, HIGH_ZERO, dtype=torch.uint8), made)
     return made
@@ -127,15 +125,18 @@ def _empty(inputs: int, outputs: int, bits: int, group_size: int, scale: torch.d
     return Packed(words, scales, inputs, outputs, group, scale)
 
 
-def _words(q: Tensor, units: int) -> Tensor:
-    """uint8 `[K, n]` in 0..15 -> int32 `[n/16, units, 2, 32, 4]`, padded with zeros.
+def _whole(q: Tensor, nothing: Tensor, units: int) -> Tensor:
+    """`[K, n]` -> `[K, n]` of whole units and tiles; `nothing` `[1, n]` is what a weight of zero is stored as."""
+    return pad(torch.cat([q, nothing.expand(units * UNIT - len(q), -1)]), (0, -q.shape[1] % TILE))
+
+
+def _words(q: Tensor) -> Tensor:
+    """uint8 `[K, n]` in 0..15 -> int32 `[n/16, units, 2, 32, 4]`.
 
     Inputs are (unit, tile, step of 16, column pair c of 8, t, e); outputs are (tile, r of 8, g). Lane 4g + t has a word
     for each step, in which nibble 4e + 2c + r is input (c, t, e) of output (r, g).
     """
-    inputs, outputs = q.shape
-    whole = pad(q, (0, -outputs % TILE, 0, units * UNIT - inputs))
-    parts = whole.reshape(units, 2, 4, 2, 4, 2, -1, 2, 8).permute(6, 0, 1, 8, 4, 2, 5, 3, 7).flatten(6)
+    parts = q.reshape(-1, 2, 4, 2, 4, 2, q.shape[1] // TILE, 2, 8).permute(6, 0, 1, 8, 4, 2, 5, 3, 7).flatten(6)
     out = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=q.device)
     for nibble in range(8):
         out |= parts[..., nibble].to(torch.int32) << (4 * nibble)

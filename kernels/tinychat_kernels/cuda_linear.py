@@ -56,9 +56,10 @@ def defines(entry: str) -> tuple[str, ...]:
 
 
 def gemv_chunk(units: int, rows: int) -> int:
-    """Units of inputs that are staged at a time: equal parts, as few as fit into shared memory."""
-    fits = (GEMV_SHARED - _gemv_sums(rows)) // (2 * rows) - ROW_GAP
-    return -(-units // -(-units * UNIT // (fits // UNIT * UNIT)))
+    """Units of inputs that are staged at a time: all, or equal parts that give every warp as many."""
+    fits = ((GEMV_SHARED - _gemv_sums(rows)) // (2 * rows) - ROW_GAP) // UNIT
+    parts = -(-units // (fits // GEMV_WARPS * GEMV_WARPS))
+    return units if units <= fits else -(-units // (parts * GEMV_WARPS)) * GEMV_WARPS
 
 
 def gemv(launch: Launch, x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor) -> None:
@@ -95,11 +96,15 @@ def gemm_block(rows: int) -> Block:
 
 
 def gemm_splits(packed: Packed, rows: int, processors: int) -> int:
-    """Parts that the inputs are cut into so that every processor has two blocks; 1 where there are rows enough."""
+    """Parts that the inputs are cut into so that no processor idles; 1 where there are rows and outputs enough.
+
+    The largest blocks leave room for no second one on many GPUs; of the others every processor is given two.
+    """
     block = gemm_block(rows)
     blocks = -(-rows // block.rows) * -(-packed.words.shape[0] * TILE // GEMM_COLUMNS)
     steps = packed.units * UNIT // (PANEL * block.panels)
-    return max(1, min(2 * processors // blocks, steps // LEAST_STEPS))
+    wanted = processors if block is BLOCKS[-1] else 2 * processors
+    return max(1, min(wanted // blocks, steps // LEAST_STEPS))
 
 
 def gemm_parts(packed: Packed, rows: int, processors: int) -> tuple[int, int, int]:
