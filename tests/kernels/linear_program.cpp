@@ -1,9 +1,8 @@
-// Runs the linears over shapes, rows, threads and instruction sets and prints a digest of each result. Fails where two
+// Runs the linears, and then vision towers, over shapes, rows, threads and instruction sets and prints a digest of each result. Fails where two
 // instruction sets or two numbers of threads differ. Its output is the same on every machine, so it is compared between
 // a native build, one with sanitizers, and one for another machine. See scripts/check_cpu_kernels.
 #include <cinttypes>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -11,38 +10,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "tinychat.h"
+#include "program.h"
 
 namespace {
 
-constexpr const char* kIsas[] = {"generic", "avx2", "avxvnni", "avx512", "dotprod", "i8mm"};
 constexpr int64_t kMostRows = 33;
-
-struct Random {
-    uint64_t state;
-
-    uint64_t next() {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        return state;
-    }
-
-    // The sum of uniform numbers: exact arithmetic, the same everywhere.
-    float normal() {
-        int64_t sum = 0;
-        for (int i = 0; i < 4; ++i) sum += static_cast<int64_t>(next() >> 48) - 32768;
-        return static_cast<float>(sum) / 32768.0f;
-    }
-};
-
-struct Aligned {
-    explicit Aligned(size_t size) : data(std::aligned_alloc(64, (size + 63) / 64 * 64)) { std::memset(data, 0, size); }
-    ~Aligned() { std::free(data); }
-    Aligned(const Aligned&) = delete;
-    Aligned& operator=(const Aligned&) = delete;
-    void* data;
-};
 
 struct Shape {
     int bits;
@@ -55,14 +27,6 @@ constexpr Shape kShapes[] = {
     {4, TC_F16, 1536, 200, 128}, {4, TC_F32, 96, 24, 32},    {8, TC_F32, 588, 50, 588},  {8, TC_F16, 384, 130, 128},
     {8, TC_F32, 33, 7, 33},     {8, TC_F32, 1024, 64, 1024}, {8, TC_BF16, 256, 17, 64},
 };
-
-uint64_t digest(const void* data, size_t size) {
-    uint64_t hash = 1469598103934665603u;
-    for (size_t i = 0; i < size; ++i) hash = (hash ^ static_cast<const uint8_t*>(data)[i]) * 1099511628211u;
-    return hash;
-}
-
-uint64_t digest(const std::vector<float>& values) { return digest(values.data(), values.size() * sizeof(float)); }
 
 // A scale between 2^-7 and 2^-6 in the dtype that the blocks hold.
 void put_scale(Random& random, int scale, std::vector<uint8_t>& to) {
@@ -174,6 +138,7 @@ int main(int count, char** arguments) {
     bool good = true;
     tc_set_least_work(0);
     for (const Shape& shape : kShapes) good &= check(shape, random);
+    good &= check_towers();
     if (count > 1 && std::strcmp(arguments[1], "fork") == 0) good &= check_fork(random);
     for (const char* isa : kIsas)
         if (tc_isa_supported(isa) != 0) std::fprintf(stderr, "ran: %s\n", isa);
