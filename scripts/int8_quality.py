@@ -1,25 +1,32 @@
 #!/usr/bin/env python3
 """What 8-bit activations, head and vision tower cost a 4-bit model on a CPU: KL from exact ones, and right answers.
 
-    scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--threads N] [--json]
+    scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--outliers N:FACTOR] [--only WORD] [--json]
 
 MODEL is a folder or a hub id (the embedded model). All settings read the same held-out sequences. `exact` keeps
 activations in float32, the head and the tower as they are stored, and is what the others are compared with;
 `down_proj exact` has 8-bit activations in every linear but the one whose inputs are the most uneven. A text model's
-settings leave out the tower.
+settings leave out the tower. --outliers makes a tower with loud channels first, N before each linear, FACTOR times as
+loud as they were: what they mean stays the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 
 from tinychat import load
 from tinychat.engine.engine import Engine
@@ -30,17 +37,20 @@ from tinychat.eval.heldout import heldout, speaks_demo
 from tinychat.layers.head import PackedHead
 from tinychat.layers.linear import QuantLinear
 from tinychat.placement import Placement
+from tinychat_kernels import cpu_tower
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the model is placed, and which linears of a layer are exact all the same."""
+    """How the model is placed, which linears of a layer are exact all the same, and whether a row of the tower's has
+    one scale instead of one a group."""
 
     name: str
     exact: bool
     head: str
     tower: str = "float"
     spared: tuple[str, ...] = ()
+    rows: bool = False
 
 
 SETTINGS = (
@@ -50,13 +60,50 @@ SETTINGS = (
     Setting("int8 activations, down_proj exact", False, "float", spared=("down_proj",)),
     Setting("int8 activations and head", False, "int8"),
     Setting("int8 tower", True, "float", "int8"),
+    Setting("int8 tower, a scale a row", True, "float", "int8", rows=True),
     Setting("int8 activations, head and tower", False, "int8", "int8"),
 )
 
 
-def opened(model: str | None, setting: Setting, threads: int | None) -> Engine:
+@contextmanager
+def scale_a_row() -> Iterator[None]:
+    """What is rounded meanwhile has one scale for all inputs of an output."""
+    groups, cpu_tower.GROUPS = cpu_tower.GROUPS, (2**30,)  # longer than any row
+    try:
+        yield
+    finally:
+        cpu_tower.GROUPS = groups
+
+
+LOUD = (  # what makes a linear's inputs, and the linears
+    ("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ("self_attn.v_proj", ("self_attn.out_proj",)),
+    ("layer_norm2", ("mlp.fc1",)),
+)
+
+
+def with_outliers(folder: Path, out: Path, channels: int, factor: float) -> Path:
+    """A copy of a VILA folder: some channels between layers of the tower are louder, and the weights after them are
+    smaller in return."""
+    shutil.copytree(folder, out)
+    home = out / "vision_tower" / "model.safetensors"
+    tensors, draw = load_file(home), torch.Generator().manual_seed(0)
+    for maker in sorted(name for name in tensors if name.endswith("layer_norm1.weight")):
+        layer = maker.removesuffix("layer_norm1.weight")
+        for before, after in LOUD:
+            loud = torch.randperm(len(tensors[f"{layer}{before}.bias"]), generator=draw)[:channels]
+            for part in ("weight", "bias"):
+                tensors[f"{layer}{before}.{part}"][loud] *= factor
+            for name in after:
+                tensors[f"{layer}{name}.weight"][:, loud] /= factor
+    save_file(tensors, home)
+    return out
+
+
+def opened(model: str | Path | None, setting: Setting, threads: int | None) -> Engine:
     placement = Placement(device="cpu", head=setting.head, tower=setting.tower, threads=threads)
-    ready = load.load_folder(load.resolve(model), placement)
+    with scale_a_row() if setting.rows else nullcontext():
+        ready = load.load_folder(load.resolve(model), placement)
     for name, module in ready.model.named_modules():
         if isinstance(module, QuantLinear):
             if not module.prepared:
@@ -73,7 +120,8 @@ def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[di
     base: list[dict[str, Any]] = []
     source = load.open_source(load.resolve(args.model))
     for setting in SETTINGS:
-        if setting.tower == "int8" and source.config.vision is None:
+        leaves_out = args.only and setting is not SETTINGS[0] and not any(word in setting.name for word in args.only)
+        if leaves_out or (setting.tower == "int8" and source.config.vision is None):
             continue
         say(setting.name)
         engine = opened(args.model, setting, args.threads)
@@ -115,9 +163,15 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=64, help="held-out sequences of each kind (%(default)s)")
     parser.add_argument("--per-task", type=int, default=100, help="questions of each task and split (%(default)s)")
     parser.add_argument("--threads", type=int, help="of the kernels (one a core)")
+    parser.add_argument("--outliers", metavar="N:FACTOR", help="of the tower; a VILA folder's")
+    parser.add_argument("--only", action="append", metavar="WORD", help="settings whose names have it; repeatable")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = list(results(args, lambda text: print(text, file=sys.stderr, flush=True)))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.outliers:
+            channels, factor = args.outliers.split(":")
+            args.model = with_outliers(load.resolve(args.model), Path(folder) / "loud", int(channels), float(factor))
+        rows = list(results(args, lambda text: print(text, file=sys.stderr, flush=True)))
     if args.json:
         print(json.dumps(rows))
     else:
