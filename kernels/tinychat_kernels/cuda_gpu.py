@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from tinychat_kernels.cpu import cache_folder
 from tinychat_kernels.cuda_build import Target
 from tinychat_kernels.cuda_compilers import Compiler, find_compiler
 from tinychat_kernels.cuda_driver import FREE_SHARED, driver, word
+from tinychat_kernels.cuda_linear import defines
 from tinychat_kernels.cuda_ops import Argument, Grid
 from tinychat_kernels.errors import BuildError, KernelError
 
@@ -26,7 +28,7 @@ class Gpu:
         self.index = index
         self.target = target
         self.compiler = compiler
-        self._modules: dict[str, int] = {}
+        self._modules: dict[tuple[str, tuple[str, ...]], int] = {}
         self._functions: dict[str, int] = {}
         self._shared: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -56,25 +58,27 @@ class Gpu:
             )
 
     def load(self, unit: str) -> int:
-        """The module of a unit, compiled if need be. Raises BuildError, KernelError."""
+        """The module of a whole unit, compiled if need be. Raises BuildError, KernelError."""
         with self._lock, driver().on(self.index):
-            return self._module(unit)
+            return self._module(unit, ())
 
     def _function(self, unit: str, entry: str, shared: int) -> int:
         function = self._functions.get(entry)
         if function is None:
             with self._lock:
-                function = self._functions[entry] = driver().function(self._module(unit), entry)
+                function = self._functions[entry] = driver().function(self._module(unit, defines(entry)), entry)
         if shared > self._shared.get(function, FREE_SHARED):
             driver().raise_shared(function, shared)
             self._shared[function] = shared
         return function
 
-    def _module(self, unit: str) -> int:
-        if unit not in self._modules:
-            cubin = cuda_build.cubin(unit, self.target, cache_folder(), self.compiler)
-            self._modules[unit] = driver().load(cubin)
-        return self._modules[unit]
+    def _module(self, unit: str, limits: tuple[str, ...]) -> int:
+        """Of the entries that these defines limit a unit to: a model needs few of them."""
+        if (unit, limits) not in self._modules:
+            target = replace(self.target, defines=(*self.target.defines, *limits))
+            cubin = cuda_build.cubin(unit, target, cache_folder(), self.compiler)
+            self._modules[unit, limits] = driver().load(cubin)
+        return self._modules[unit, limits]
 
 
 @functools.cache

@@ -47,7 +47,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver()
     monkeypatch.setattr(cuda_gpu, "driver", lambda: fake)
     monkeypatch.setattr(cuda_checks, "driver", lambda: fake)
-    monkeypatch.setattr(cuda_build, "cubin", lambda unit, target, folder, compiler: f"{unit} {target.arch}".encode())
+    monkeypatch.setattr(
+        cuda_build,
+        "cubin",
+        lambda unit, target, folder, compiler: " ".join((unit, target.arch, *target.defines)).encode(),
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1000 + device))
     return fake
 
@@ -64,6 +68,18 @@ def test_a_unit_is_loaded_once_and_launched_on_torchs_stream(driver: FakeDriver)
         ("launch", 5, (2, 1, 1), (32, 2, 1), 128, 1003, [0, 5]),
         ("function", 7, "second"),
         ("launch", 6, (1, 1, 1), (32, 1, 1), 0, 1003, []),
+    ]
+
+
+def test_no_more_of_a_unit_is_compiled_than_an_entry_needs(driver: FakeDriver) -> None:
+    device = Gpu(0, Target("sm_87"), BuildError("none"))
+    for entry in ("w4_gemv_f16_g128_m1", "w4_gemv_f16_g128_m8", "w4_gemv_bf16_g32_m1"):
+        device("w4_gemv", entry, (1, 1, 1), 32, 0)
+    device.load("w4_gemv")
+    assert [said[1].decode() for said in driver.said if said[0] == "load"] == [
+        "w4_gemv sm_87 TINYCHAT_TYPE=f16 TINYCHAT_GROUP=128",
+        "w4_gemv sm_87 TINYCHAT_TYPE=bf16 TINYCHAT_GROUP=32",
+        "w4_gemv sm_87",
     ]
 
 
