@@ -137,7 +137,7 @@ def test_deep_contexts_get_room():
     assert bench.roomy(model, flags).context == 8192 + 64 + 16
     assert bench.roomy(replace(model, context=10), flags).context == 10
     assert bench.roomy(model, BenchFlags(depth="100")) == bench.roomy(model, BenchFlags()) == model
-    with pytest.raises(UsageError, match="--depth is '1,x'; give lengths such as 0,2048,8192"):
+    with pytest.raises(UsageError, match="--depth is '1,x'; give lengths of 0 or more, such as 0,2048,8192"):
         BenchFlags(depth="1,x")
 
 
@@ -147,16 +147,19 @@ def test_a_breakdown_needs_the_kernels():
 
 
 class Clock:
-    """A decoder's profile that goes on by a second a stage whenever it is read."""
+    """A decoder's profile that goes on by a second a stage whenever it is read, in rounds of other speeds."""
 
     reads = 0
+    rounds = 0
 
     def start_profile(self) -> None:
         self.reads = 0
+        self.rounds += 1
 
     def profile(self) -> dict[str, float]:
         self.reads += 1
-        return {"qkv": float(self.reads), "head": 2.0 * self.reads}
+        slowness = (1.0, 8.0, 0.5)[self.rounds % 3 - 1]
+        return {"qkv": self.reads * slowness, "head": 2.0 * self.reads * slowness}
 
 
 def test_a_breakdown_is_of_the_prompt_and_of_a_token():
@@ -165,7 +168,7 @@ def test_a_breakdown_is_of_the_prompt_and_of_a_token():
     )
     engine = TimedEngine()
     found = bench.measure(
-        bench.Subject("tiny", model, tokens_of, engine), bench.Workload(rounds=1, breakdown=True), lambda _: None
+        bench.Subject("tiny", model, tokens_of, engine), bench.Workload(rounds=3, breakdown=True), lambda _: None
     )
     tokens = next(event for event in engine.run([engine.requests[-1]]) if isinstance(event, Finished)).usage
     each = max(tokens.completion_tokens - 1, 1)
@@ -174,8 +177,9 @@ def test_a_breakdown_is_of_the_prompt_and_of_a_token():
         {"stage": "head", "prefill_s": 2.0, "decode_s": 2 / each},
     ]
     rows = bench.stage_rows(found)
-    assert rows[0] == ("stage", "prompt, us", "%", "token, us", "%")
-    assert [row[0] for row in rows] == ["stage", "qkv", "head", "all"] and rows[1][2] == rows[1][4] == "33.3"
+    prompt = f"prompt of {found['prompt_tokens']}, us"
+    assert rows[0] == ("median of 3", prompt, "%", "token after it, us", "%")
+    assert [row[0] for row in rows[1:]] == ["qkv", "head", "all"] and rows[1][2] == rows[1][4] == "33.3"
     assert bench.stage_rows({"breakdown": []}) == []
 
 

@@ -57,7 +57,7 @@ class Engine(Protocol):
 class Workload:
     """What one round does: about `prompt_tokens` tokens of text, the pictures' own on top, and `new_tokens` drawn.
 
-    After the rounds, as many decode `new_tokens` behind `depths` tokens each; `breakdown` measures the stages of one.
+    After them, as many decode `new_tokens` behind `depths` tokens each; `breakdown` measures the stages of more.
     """
 
     prompt_tokens: int = 512
@@ -87,8 +87,7 @@ def measure(subject: Subject, work: Workload, report: Callable[[str], None]) -> 
         rounds.append(_round(subject.engine, request(text, work, number)))
     found = _result(subject, work, rounds[1:])
     found["depths"] = [_at_depth(subject, work, depth, report) for depth in work.depths]
-    asked = request(text, work, work.rounds + 1)
-    return found | (_breakdown(subject, asked, work.images) if work.breakdown else {"breakdown": [], "encode": []})
+    return found | (_breakdown(subject, work, text, report) if work.breakdown else {"breakdown": [], "encode": []})
 
 
 def roomy(model: ModelFlags, flags: BenchFlags) -> ModelFlags:
@@ -110,8 +109,8 @@ def _at_depth(subject: Subject, work: Workload, depth: int, report: Callable[[st
     return {"tokens": depth, "decode_tps": spread(speeds[1:])}
 
 
-def _breakdown(subject: Subject, asked: Request, images: int) -> Json:
-    """Seconds of each stage of the decoder for a prompt and for a token, and of the tower for a picture.
+def _breakdown(subject: Subject, work: Workload, text: str, report: Callable[[str], None]) -> Json:
+    """Seconds of each stage of the decoder for a prompt and for a token, and of the tower for a picture: medians.
 
     Raises UsageError without the kernels.
     """
@@ -121,26 +120,47 @@ def _breakdown(subject: Subject, asked: Request, images: int) -> Json:
             f"--breakdown reads the CPU kernels' clock, and {subject.name} runs on {backend_of(subject.model)}",
             "take a 4-bit model on a CPU; `tinychat doctor` says whether the kernels run here",
         )
-    tower = getattr(getattr(subject.model, "vision_tower", None), "one_call", None) if images else None
-    subject.engine.reset()
-    for part in (decoder, tower):
-        if part is not None:
-            part.kernel.start_profile()
+    tower = getattr(getattr(subject.model, "vision_tower", None), "one_call", None) if work.images else None
+    kernels = [part.kernel for part in (decoder, tower) if part is not None]
+    rounds = list[Json]()
+    for number in range(1, work.rounds + 1):
+        report(f"breakdown, round {number} of {work.rounds}")
+        rounds.append(_profiled(subject.engine, kernels, request(text, work, work.rounds + number)))
+    return {
+        "breakdown": _medians([once["breakdown"] for once in rounds]),
+        "encode": _medians([once["encode"] for once in rounds]),
+    }
+
+
+def _profiled(engine: Engine, kernels: Sequence[Any], asked: Request) -> Json:
+    """The stages of one request: the decoder's, and the tower's where its kernel comes second."""
+    engine.reset()
+    for kernel in kernels:
+        kernel.start_profile()
     prompt, end = dict[str, float](), None
-    for event in subject.engine.run([asked]):
+    for event in engine.run([asked]):
         if isinstance(event, TokenEvent) and not prompt:
-            prompt = decoder.kernel.profile()
+            prompt = kernels[0].profile()
         end = event
     if isinstance(end, Failed):
         raise as_error(end)
     assert isinstance(end, Finished)
-    whole, tokens = decoder.kernel.profile(), max(end.usage.completion_tokens - 1, 1)
+    whole, tokens = kernels[0].profile(), max(end.usage.completion_tokens - 1, 1)
     stages = [
         {"stage": stage, "prefill_s": prompt[stage], "decode_s": (whole[stage] - prompt[stage]) / tokens}
         for stage in whole
     ]
-    spent = {} if tower is None else tower.kernel.profile()
+    spent = kernels[1].profile() if len(kernels) > 1 else {}
+    images = sum(isinstance(part, Image) for part in asked.parts)
     return {"breakdown": stages, "encode": _encode_stages(spent, end.timings.vision_s, images)}
+
+
+def _medians(rounds: Sequence[Sequence[Json]]) -> list[Json]:
+    """Stage by stage, the median of each of its figures."""
+    return [
+        {key: one[0][key] if key == "stage" else statistics.median(stage[key] for stage in one) for key in one[0]}
+        for one in zip(*rounds, strict=True)
+    ]
 
 
 def _encode_stages(spent: Json, vision_s: float, images: int) -> list[Json]:
@@ -298,7 +318,8 @@ def stage_rows(found: Json) -> list[tuple[str, ...]]:
         (stage["stage"], *(cell for key, total in totals.items() for cell in _share(stage[key], total)))
         for stage in [*stages, {"stage": "all", **totals}]
     ]
-    return [("stage", "prompt, us", "%", "token, us", "%"), *rows]
+    prompt = f"prompt of {found['prompt_tokens']}, us"
+    return [(f"median of {found['rounds']}", prompt, "%", "token after it, us", "%"), *rows]
 
 
 def encode_rows(found: Json) -> list[tuple[str, ...]]:

@@ -171,7 +171,7 @@ class BenchFlags:
         """The contexts of --depth. Raises UsageError."""
         parts = [part.strip() for part in self.depth.split(",")] if self.depth is not None else []
         if not all(part.isdecimal() for part in parts):
-            raise UsageError(f"--depth is {self.depth!r}", "give lengths such as 0,2048,8192")
+            raise UsageError(f"--depth is {self.depth!r}", "give lengths of 0 or more, such as 0,2048,8192")
         return tuple(map(int, parts))
 
 
