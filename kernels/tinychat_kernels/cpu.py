@@ -226,7 +226,10 @@ def head_group(columns: int, group: int = HEAD_GROUP) -> int:
 
 
 def quantize_head(weight: Tensor, group: int = HEAD_GROUP, memory: Tensor | None = None) -> Packed:
-    """A float weight `[N, K]`, rounded to int8 with a half-precision scale for each row and group, slice by slice."""
+    """A float weight `[N, K]`, rounded to int8 with a half-precision scale for each row and group, slice by slice.
+
+    Raises LayoutError for NaN, Inf, and a value that no half-precision scale reaches.
+    """
     rows, columns = weight.shape
     size = head_group(columns, group)
     out = _packed_in(memory, columns, rows, size, 8, torch.float16)
@@ -234,10 +237,22 @@ def quantize_head(weight: Tensor, group: int = HEAD_GROUP, memory: Tensor | None
         part = weight[start : start + SLICE].float().reshape(-1, columns // size, size)
         if not torch.isfinite(part).all():
             raise LayoutError("the weight holds NaN or Inf values and cannot be quantized")
-        scale = (part.abs().amax(2) / 127).clamp(min=2.0**-24).half()
+        scale = _half_scale(part.abs().amax(2) / 127)
         q = (part / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
         _pack_rows(out, q.reshape(-1, columns), scale, start)
     return out
+
+
+def _half_scale(wanted: Tensor) -> Tensor:
+    """The least float16 that is no smaller, where rounding to the nearest would cut off the largest values.
+
+    That is below float16's normal numbers alone: above them a scale is off by 1/2048 at most, a tenth of a step.
+    """
+    nearest = wanted.clamp(min=2.0**-24).half()
+    if not torch.isfinite(nearest).all():
+        raise LayoutError(f"the weight holds values up to {float(wanted.max()) * 127:.3g}, too large for 8 bits")
+    coarse = (nearest.float() < wanted) & (wanted < 2.0**-14)
+    return torch.where(coarse, (nearest.float() + 2.0**-24).half(), nearest)
 
 
 def w4_linear(x: Tensor, packed: Packed, spec: QuantSpec, bias: Tensor | None = None, *, exact: bool = False) -> Tensor:

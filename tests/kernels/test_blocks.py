@@ -52,6 +52,20 @@ def test_a_head_comes_back_to_half_a_step():
     assert ((found.flatten(1) - weight).abs() <= 0.51 * scales.float().repeat_interleave(128, 1)).all()
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 3e-6, 1e-5, 1e-3, 1.0, 1e6])
+def test_a_head_of_any_size_comes_back_to_half_a_step(size: float):
+    weight = size * torch.randn((32, 128), generator=torch.Generator().manual_seed(0))
+    values, scales = blocks.unpack_int8(cpu.quantize_head(weight))
+    found = values.float() * scales.float()
+    assert ((found - weight).abs() <= 0.58 * scales.float()).all()
+    assert (scales.float() <= (weight.abs().amax(1, keepdim=True) / 127) * 1.001 + 2.0**-24).all()
+
+
+def test_a_head_too_large_for_half_a_scale_is_refused():
+    with pytest.raises(LayoutError, match=r"the weight holds values up to 1e\+08, too large for 8 bits"):
+        cpu.quantize_head(torch.full((16, 64), 1e8))
+
+
 def test_the_wrong_width_is_refused():
     spec = QuantSpec(group_size=32)
     four = cpu.pack(from_logical(logical(64, 16, spec, torch.float16), spec), spec)
