@@ -151,6 +151,16 @@ def test_the_least_recently_used_goes_where_there_is_no_room(kept: Place, monkey
     assert not second.path.exists() and kept.path.exists() and third.path.exists()
 
 
+def test_what_a_killed_process_left_is_cleared_away(place: Place):
+    place.folder.mkdir(parents=True, exist_ok=True)
+    old, young = place.folder / ".old.tmp", place.folder / ".young.tmp"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert packed_cache.save(place, linears())
+    assert not old.exists() and young.exists()
+
+
 def test_what_is_larger_than_the_cap_is_not_kept(kept: Place, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packed_cache, "MOST_BYTES", 5000)
     assert not packed_cache.save(Place(kept.folder, "other"), linears())

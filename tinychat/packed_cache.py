@@ -13,6 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ LENGTH = struct.Struct("<QI")  # of the header, and its checksum
 ALIGNMENT = 64  # of each linear, from the beginning of the data
 CHUNK = 32 * 2**20  # bytes that have a checksum of their own
 MAX_HEADER = 2**26
+ABANDONED = 3600.0  # seconds after which nobody writes a file any more
 MOST_BYTES = 32 * 2**30  # of all files together; the least recently used ones go first
 FREE_SHARE = 0.5  # of the disk's free bytes that a new file may take
 THREADS = 4
@@ -201,7 +203,12 @@ def _rounded(size: int) -> int:
 
 
 def _make_room(folder: Path, size: int) -> None:
-    """Delete the files that were used least recently, until one of this size may be added."""
+    """Delete what a killed process left half-written, and the files that were used least recently, until one of this
+    size may be added."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
     files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.bin"))
     total = sum(length for _, length, _ in files)
     for _, length, path in files:
