@@ -25,6 +25,7 @@ UNIT_FLAGS = (
     f"-I{EMULATOR / 'include'}", f"-I{KERNELS}", "-include", str(EMULATOR / "emulator.h"),
 )  # fmt: skip
 SHOWN = 2000  # characters of what a compiler says
+MOST = 500  # libraries that are kept
 
 
 def folder() -> Path:
@@ -36,9 +37,8 @@ def folder() -> Path:
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """The emulator itself; units find its functions once it is loaded. Raises BuildError."""
-    sources = sorted(EMULATOR.glob("*.cpp"))
-    text = b"".join(path.read_bytes() for path in [*sources, *sorted(EMULATOR.rglob("*.h"))])
-    made = _compiled("emulator", text, [*map(str, sources), *FLAGS, *RUNTIME_FLAGS])
+    headers = sorted(EMULATOR.rglob("*.h"))
+    made = _compiled("emulator", sorted(EMULATOR.glob("*.cpp")), headers, [*FLAGS, *RUNTIME_FLAGS])
     library = ctypes.CDLL(str(made), mode=ctypes.RTLD_GLOBAL)
     library.emu_allocate.restype = library.emu_begin.restype = ctypes.c_void_p
     return library
@@ -49,19 +49,29 @@ def unit(source: Path, arch: int, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     """A .cu, compiled for a GPU of this compute capability (75, 80 ...), and loaded. Raises BuildError."""
     runtime()
     headers = [path for place in (source.parent, KERNELS, EMULATOR) for path in sorted(place.rglob("*.*h"))]
-    text = b"".join(path.read_bytes() for path in [source, *headers])
     chosen = [f"-D__CUDA_ARCH__={arch * 10}", *(f"-D{name}" for name in defines)]
-    return ctypes.CDLL(str(_compiled(source.stem, text, ["-x", "c++", str(source), *FLAGS, *UNIT_FLAGS, *chosen])))
+    return ctypes.CDLL(str(_compiled(source.stem, [source], headers, [*FLAGS, *UNIT_FLAGS, *chosen])))
 
 
-def _compiled(name: str, text: bytes, arguments: Sequence[str]) -> Path:
-    command = [*find_compiler(), *arguments, *_machine_flags()]
+def _compiled(name: str, sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str]) -> Path:
+    """The library of these sources, made where it is not there yet."""
+    command = [*find_compiler(), *flags, *_machine_flags(), "-x", "c++"]
+    text = b"".join(path.read_bytes() for path in [*sources, *headers])
     digest = hashlib.sha256("\0".join(command).encode() + text).hexdigest()[:24]
     path = folder() / f"emulated-{name}-{digest}.so"
-    if not path.exists():
+    try:
+        os.utime(path)  # the least recently used go first
+    except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _compile(command, path)
+        _compile([*command, *map(str, sources)], path)
+        _trim(path.parent)
     return path
+
+
+def _trim(place: Path) -> None:
+    """Delete the least recently used libraries: kernels with planted defects are many."""
+    for path in sorted(place.glob("emulated-*.so"), key=lambda path: path.stat().st_mtime)[:-MOST]:
+        path.unlink(missing_ok=True)
 
 
 def _compile(command: Sequence[str], path: Path) -> None:

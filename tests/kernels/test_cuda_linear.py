@@ -3,78 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
-from emulated import GuardedLaunch, halves, launch_for, modes, needs_compiler, numbers, relative
-from torch import Tensor
+from emulated import halves, launch_for, modes, needs_compiler, numbers, relative
+from packed_linears import TOLERANCE, check_dequantize, check_gemm, check_gemv, linear, linear8
 
 from emu.launcher import Mode
-from tinychat_kernels import cuda_layout, cuda_linear
+from tinychat_kernels import cuda_linear
 from tinychat_kernels.cuda_layout import Packed
 from tinychat_kernels.errors import KernelError
-from tinychat_kernels.layout import QuantSpec, dequantize, quantize
 
 pytestmark = needs_compiler
-TOLERANCE = 5e-3
-ROUNDED = 3e-3  # of weights that are products in 16 bits
 SIZES = ((8, 32), (16, 64), (33, 96), (136, 320), (48, 1152))  # outputs and inputs
 GROUPS = (32, 64, 128, -1)
-PROCESSORS = 16
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Packed weights, and what they stand for, `[N, K]` in float64."""
-
-    packed: Packed
-    weight: Tensor
-
-
-def linear(outputs: int, inputs: int, group: int, scale: torch.dtype = torch.float16, seed: int = 0) -> Linear:
-    spec = QuantSpec(group_size=group)
-    logical = quantize(numbers(outputs, inputs, dtype=scale, seed=seed), spec)
-    return Linear(cuda_layout.pack(logical, spec), dequantize(logical, torch.float64))
-
-
-def linear8(outputs: int, inputs: int, groups: int = 1) -> Linear:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randint(-128, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
-    scales = numbers(outputs, groups).abs() + 0.01
-    return Linear(cuda_layout.pack_int8(q, scales), q.double() * scales.double().repeat_interleave(inputs // groups, 1))
 
 
 def fits(inputs: int, group: int) -> bool:
     return group == -1 or inputs % group == 0
-
-
-def check_gemv(
-    launch: GuardedLaunch, of: Linear, rows: int, dtype: torch.dtype, heavy: bool = False, wide: bool = False
-) -> Tensor:
-    outputs, inputs = of.weight.shape
-    x, bias = numbers(rows, inputs, dtype=dtype, heavy=heavy), numbers(outputs, dtype=dtype, seed=1)
-    out = torch.full((rows, outputs), float("nan"), dtype=torch.float32 if wide else dtype)
-    cuda_linear.gemv(launch, x, of.packed, bias, out)
-    assert relative(out, x.double() @ of.weight.T + bias) <= (1e-6 if wide else TOLERANCE)
-    return out
-
-
-def check_gemm(launch: GuardedLaunch, of: Linear, rows: int, dtype: torch.dtype, heavy: bool = False) -> Tensor:
-    outputs, inputs = of.weight.shape
-    x, bias = numbers(rows, inputs, dtype=dtype, heavy=heavy), numbers(outputs, dtype=dtype, seed=1)
-    out = torch.full((rows, outputs), float("nan"), dtype=dtype)
-    parts = torch.full(cuda_linear.gemm_parts(of.packed, rows, PROCESSORS), float("nan"))
-    cuda_linear.gemm(launch, x, of.packed, bias, out, parts)
-    assert relative(out, x.double() @ of.weight.T + bias) <= TOLERANCE
-    return out
-
-
-def check_dequantize(launch: GuardedLaunch, of: Linear, dtype: torch.dtype) -> Tensor:
-    out = torch.full(of.weight.shape, float("nan"), dtype=dtype)
-    cuda_linear.dequantize(launch, of.packed, out)
-    assert relative(out, of.weight) <= ROUNDED
-    return out
 
 
 @halves
@@ -127,7 +73,7 @@ def test_scales_of_another_type_are_exact_in_a_gemv(dtype: torch.dtype, scale: t
 @pytest.mark.parametrize("arch", [75, 80])
 def test_in_every_order(mode: Mode, arch: int):
     first, launch = launch_for(arch), launch_for(arch, mode)
-    small, long, head = linear(24, 640, 32), linear(24, 2304, 128), linear8(24, 256, 2)
+    small, long, head = linear(24, 640, 32), linear(24, 2816, 128), linear8(24, 256, 2)
     for of, rows in ((small, 1), (long, 8), (head, 2)):
         expected, found = (check_gemv(each, of, rows, torch.float16) for each in (first, launch))
         assert torch.equal(expected, found)
@@ -144,7 +90,7 @@ def test_in_every_order(mode: Mode, arch: int):
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_whole_grid(group: int, mode: Mode, dtype: torch.dtype, arch: int):
     launch = launch_for(arch, mode)
-    for outputs, inputs in (*SIZES, (264, 256), (24, 2304), (8, 4224)):
+    for outputs, inputs in (*SIZES, (264, 256), (24, 2816), (8, 5632)):
         if not fits(inputs, group):
             continue
         of = linear(outputs, inputs, group)
@@ -155,7 +101,7 @@ def test_the_whole_grid(group: int, mode: Mode, dtype: torch.dtype, arch: int):
         check_dequantize(launch, of, dtype)
 
 
-@pytest.mark.parametrize("inputs", [256, 2304])
+@pytest.mark.parametrize("inputs", [256, 2816])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_depends_on_itself_alone(bits: int, inputs: int):
     of = linear(40, inputs, 64) if bits == 4 else linear8(40, inputs)
@@ -176,6 +122,10 @@ def test_rows_may_lie_apart():
         x, out = wide[:rows, 64:], torch.empty(rows, 40).half()
         run(launch_for(), x, of.packed, None, out)
         assert relative(out, x.double() @ of.weight.T) <= TOLERANCE
+
+
+def test_8_rows_of_2816_inputs_take_two_chunks():
+    assert cuda_linear.gemv_chunk(22, 8) == 16
 
 
 def test_splits_give_what_one_part_gives():

@@ -26,8 +26,10 @@ struct Gemv {
     T* staged;
     int staged_stride, lane, warp;
     Masks masks;
-    const uint4* words;   // of this lane, in the unit that is fetched next
-    const uint2* scales;  // likewise
+    const uint4* first_words;   // of this lane, in the warp's first unit
+    const uint2* first_scales;  // likewise
+    const uint4* words = nullptr;  // in the unit that is fetched next
+    const uint2* scales = nullptr;
     float sums[4] = {0, 0, 0, 0};  // as mma's d: outputs g and g + 8, rows 2t and 2t + 1
 
     // This warp's next unit, where it has one.
@@ -88,6 +90,8 @@ struct Gemv {
         for (int begin = 0; begin < units; begin += chunk) {
             const int count = min(chunk, units - begin);
             int left = (count - warp + kWarps - 1) / kWarps;  // units of this warp
+            words = first_words + static_cast<long long>(begin) * Unit<Bits>::kStride;
+            scales = first_scales + static_cast<long long>(begin) * kGroups * 8;
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) fetch(ring[i], i < left);
             if (begin > 0) __syncthreads();  // what was staged before is still read
