@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tinychat.quantize import speed
-from tinychat.quantize.speed import seconds_a_unit
+from tinychat.quantize.speed import Probe, seconds_a_unit
 
 UNITS = 1000
 
@@ -25,6 +25,7 @@ class Machine:
     wall: float = 0.0
     thread: float = 0.0
     calls: list[float] = field(default_factory=list[float])
+    threads: list[int] = field(default_factory=list[int])
 
     def perf_counter(self) -> float:
         return self.wall
@@ -36,6 +37,7 @@ class Machine:
         def work() -> None:
             took = next(self.computing)
             self.calls.append(took)
+            self.threads.append(torch.get_num_threads())
             self.thread += took
             self.wall += took + next(self.waiting)
 
@@ -44,7 +46,7 @@ class Machine:
 
 def measured(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> float:
     monkeypatch.setattr(speed, "time", machine)
-    return seconds_a_unit(machine.probe, "cpu") * UNITS
+    return seconds_a_unit(Probe(machine.probe, spreads=False), "cpu") * UNITS
 
 
 def test_waiting_for_a_core_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +66,22 @@ def test_a_coarse_clock_of_the_thread_is_not_believed(monkeypatch: pytest.Monkey
     assert measured(Machine(cycle([0.001]), cycle([0.002]), step=1.0), monkeypatch) == pytest.approx(0.003)
 
 
-@pytest.mark.parametrize("probe", [speed.product, speed.reading, speed.rounding])
-def test_the_probes_run(probe: speed.Probe) -> None:
-    work, units = probe(torch.device("cpu"))
+def test_one_thread_is_timed_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, machine = torch.get_num_threads(), Machine(cycle([0.001]), cycle([0.0]))
+    monkeypatch.setattr(speed, "time", machine)
+    monkeypatch.setattr(speed.os, "cpu_count", lambda: 4)
+    try:
+        torch.set_num_threads(3)
+        assert seconds_a_unit(Probe(machine.probe), "cpu") * UNITS == pytest.approx(0.001 / 3)
+        torch.set_num_threads(9)
+        assert seconds_a_unit(Probe(machine.probe), "cpu") * UNITS == pytest.approx(0.001 / 4)
+        assert torch.get_num_threads() == 9 and set(machine.threads) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("probe", [speed.PRODUCT, speed.READING, speed.ROUNDING])
+def test_the_probes_run(probe: Probe) -> None:
+    work, units = probe.prepare(torch.device("cpu"))
     work()
     assert units >= 2**19

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from int8_folders import int8_folder
+from PIL import Image as Pictures
 from quantize_runs import content, cut_off_at_every_file, made, spawn
 from quantize_runs import job as quick_job
 from quantize_runs import model as tiny
@@ -21,14 +23,16 @@ from awq.recipes import encoder_recipe
 from awq.smooth import SmoothOptions, smooth_block
 from make_tiny_model import make_tiny_model
 from tinychat.errors import ModelError, UsageError
+from tinychat.flags import QuantizeFlags
 from tinychat.layers.int8_linear import Int8Linear
 from tinychat.load import load_model, open_source
 from tinychat.quantize import run as running
 from tinychat.quantize import verb
 from tinychat.quantize.embedding import Embedder
 from tinychat.quantize.job import Calibration, Job
-from tinychat.quantize.run import LayerDone, Run, Written
+from tinychat.quantize.run import Began, LayerDone, Run, Written
 from tinychat.quantize.tower import Encoders, TowerLayerDone, TowerStage, with_tower
+from tinychat.terminal.quantizing import LineBoard
 from tinychat_kernels.int8 import quantize_rows
 
 TOWER_LAYERS = 3
@@ -256,6 +260,24 @@ def test_the_plan_knows_the_tower(models, tmp_path):
         weights = sum(path.stat().st_size for path in (tmp_path / kind).rglob("*.safetensors"))
         assert 0 < weights - plan.output < 20_000  # the files' headers
         assert plan.disk > 2 * plan.output
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 picture, whose"), (15, "15 pictures, whose"), (16, "")])
+def test_few_pictures_to_smooth_on_are_told_of(models, tmp_path, count, words):
+    lines = [{"messages": [{"role": "user", "content": "What is it?"}], "images": ["a.png"]}] * count
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Pictures.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    seen = Calibration((str(tmp_path / "a.jsonl"),), samples=count, seqlen=60)
+    run = Run(job(model(models), tmp_path / "out", calibration=seen))
+    flags = QuantizeFlags("M", "OUT", vision="w8a8")
+    sentence = f"the vision tower is smoothed on {words} quirks its scales may fit: 16 or more are better"
+    assert run.plan.to_json()["warnings"] == ([sentence] if words else [])
+    assert (f"\nwarning: {sentence}" in verb.plan_text(run.plan, flags)) == bool(words)
+    assert not Run(job(model(models), tmp_path / "out", calibration=seen, vision="16bit")).plan.warnings
+    board, said = LineBoard(io.StringIO()), list[str]()
+    board.say = said.append  # type: ignore[method-assign]
+    verb._show(Began(run.plan, 0), False, board, said.append)
+    assert said[1:] == ([f"warning: {sentence}"] if words else [])
 
 
 def test_lines(capsys):

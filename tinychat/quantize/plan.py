@@ -23,7 +23,8 @@ from tinychat.errors import CapacityError
 from tinychat.quantize.calibration import Data
 from tinychat.quantize.card_plan import NONE, CardCost, Costs
 from tinychat.quantize.job import LAYER, TOWER_LAYER, Job, Source, linears, part, spared
-from tinychat.quantize.speed import product, reading, rounding, seconds_a_unit
+from tinychat.quantize.speed import PRODUCT, READING, ROUNDING, seconds_a_unit
+from tinychat.quantize.tower import warnings
 from tinychat.quantize.writing import PIECE
 from tinychat.weight_files import Entry
 
@@ -76,6 +77,7 @@ class Plan:
     card_device: int = 0
     card_disk: int = 0
     card_seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def peak_ram(self) -> int:
@@ -104,7 +106,7 @@ class Plan:
         """The plan as plain data."""
         rows = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in PARTS}
         totals = {"peak_ram": self.peak_ram, "device": self.device, "disk": self.disk}
-        return {**rows, **totals, "ram": dict(self.ram), "spared": list(self.spared)}
+        return {**rows, **totals, "ram": dict(self.ram), "spared": list(self.spared), "warnings": list(self.warnings)}
 
 
 def _check(what: str, work: int, needed: int, limit: int, remedy: str) -> None:
@@ -161,6 +163,7 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
         seconds=seconds(job, source, data),
         hold=hold,
         stream=stream,
+        warnings=warnings(job, data),
     )
     if not job.card:
         return plan
@@ -177,7 +180,7 @@ def costs(job: Job, source: Source) -> Costs:
 def with_card(plan: Plan, job: Job, card: CardCost) -> Plan:
     """The plan, the quality card made in that way."""
     base = resident() + WORDS_SLACK
-    spent = card.products * _measured(product, job.device) + card.streamed * _measured(reading, job.device)
+    spent = card.products * _measured(PRODUCT, job.device) + card.streamed * _measured(READING, job.device)
     ram = {name: count for name, count in plan.ram.items() if name != CARD}
     return replace(
         plan,
@@ -344,7 +347,7 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     weights = sum(rows * columns for rows, columns in linears(source).values())
     spent = 3 * source.index.total_bytes / 2**29  # reading, hashing, writing
     if data is None:
-        return spent + weights * _measured(rounding, job.device)
+        return spent + weights * _measured(ROUNDING, job.device)
     options = job.search_options()
     grid, clips = options.scale_grid, (options.clip_grid * options.max_shrink + 1) * options.clip
     tokens, sample = sum(data.lengths), min(sum(data.lengths), options.loss_tokens or 2**62)
@@ -354,7 +357,7 @@ def seconds(job: Job, source: Source, data: Data | None) -> float:
     if options.compensate:
         products += _compensation_flops(source, tokens)
     rounds = weights * (grid + clips + ROUNDINGS)
-    return spent + products * _measured(product, job.device) + rounds * _measured(rounding, job.device)
+    return spent + products * _measured(PRODUCT, job.device) + rounds * _measured(ROUNDING, job.device)
 
 
 def _compensation_flops(source: Source, tokens: int) -> float:

@@ -29,6 +29,7 @@ from tinychat_kernels.int8 import Int8, quantize_rows
 
 PART = "tower-"
 FEATURES = "features-"
+ENOUGH = 16  # pictures to smooth on: other pictures gain nothing from fewer, and lose by one (docs/decisions.md)
 CHECK = "check the checkpoint's weights"
 
 
@@ -214,6 +215,15 @@ def with_tower(source: Source, work: Work) -> Source:
         entries |= {f"{tower_layer(i)}{key}": entry for key, entry in found.items()}
     stems = [name.removesuffix(SCALE) for name in entries if name.startswith("vision_tower.") and name.endswith(SCALE)]
     return replace(source, index=Index(entries), int8=frozenset(stems))
+
+
+def warnings(job: Job, data: Data | None) -> tuple[str, ...]:
+    """What a user should know beforehand: scales that few pictures decide about may fit those alone."""
+    count = len(shown(data)) if job.vision == "w8a8" and data is not None else ENOUGH
+    if count >= ENOUGH:
+        return ()
+    pictures = "1 picture, whose" if count == 1 else f"{count} pictures, whose"
+    return (f"the vision tower is smoothed on {pictures} quirks its scales may fit: {ENOUGH} or more are better",)
 
 
 def check_pictures(job: Job, data: Data | None) -> None:

@@ -153,7 +153,8 @@ def _show(event: Event, as_json: bool, board: Board, say: Say) -> None:
     elif isinstance(event, Note):
         board.say(event.text)
     elif isinstance(event, Began):
-        board.say(began_text(event))
+        for line in (began_text(event), *warning_lines(event.plan)):
+            board.say(line)
     elif isinstance(event, TowerLayerDone):
         board.say(tower_text(event))
         board.stage(STAGES["tower"], event.index + 1, event.total)
@@ -248,8 +249,14 @@ def plan_text(plan: Plan, flags: QuantizeFlags) -> str:
         f"{size(plan.disk_limit)} are allowed or free",
         f"card:        {card_text(plan)}",
         f"time:        about {duration(plan.seconds)} on this machine",
+        *warning_lines(plan),
     )
     return "\n".join(lines)
+
+
+def warning_lines(plan: Plan) -> list[str]:
+    """What a user should know beforehand."""
+    return [f"warning: {text}" for text in plan.warnings]
 
 
 def card_text(plan: Plan) -> str:
