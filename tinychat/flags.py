@@ -256,7 +256,10 @@ class QuantizeFlags:
         "awq"
     )
     vision: Annotated[
-        str, typer.Option(help="16bit: the vision tower stays; w8a8: 8-bit weights and activations, smoothed.")
+        str,
+        typer.Option(
+            help="16bit: the vision tower stays; w8a8: 8-bit weights and activations, smoothed on 16 pictures or more."
+        ),
     ] = "16bit"
     bits: Annotated[int, typer.Option(help="Bits a weight; other than 4 with --pseudo alone.")] = 4
     group_size: Annotated[int, typer.Option(help="Weights a scale: 32, 64 or 128; -1 is a row.")] = 128
