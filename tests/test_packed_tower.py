@@ -75,6 +75,21 @@ def test_a_tower_and_its_projector_are_packed_side_by_side(tmp_path: Path, layou
     assert 1e-4 < relative(features(model), features(floats)) < ROUNDED
 
 
+@pytest.mark.parametrize("projector", ["mlp2x_gelu", "mlp_downsample"])
+def test_pictures_threads_and_batches_do_not_change_a_bit(tmp_path: Path, projector: str):
+    model, before = loaded(made(tmp_path / "m", projector=projector)), cpu.threads()
+    pixels = torch.randn((3, 3, 56, 56), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        together = model.encode_images(pixels)
+        for threads in (1, 2, 3):
+            cpu.set_threads(threads)
+            cpu.set_least_work(0)
+            assert torch.equal(model.encode_images(pixels), together)
+            assert torch.equal(torch.cat([model.encode_images(one[None]) for one in pixels]), together)
+    cpu.set_threads(before)
+    cpu.set_least_work()
+
+
 @pytest.mark.parametrize("projector", ["linear", "mlp_downsample", "mlp_downsample_3x3_fix"])
 def test_projectors_of_other_kinds(tmp_path: Path, projector: str):
     folder = made(tmp_path / "m", projector=projector)
