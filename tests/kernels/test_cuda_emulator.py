@@ -6,12 +6,14 @@ import ctypes
 import dataclasses
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from emu import build
 from emu.launcher import MODES, EmulationError, Emulator, Mode, guarded
 from tinychat_kernels.errors import BuildError
 
@@ -182,3 +184,32 @@ def test_shared_memory_is_poisoned(tmp_path: Path):
 def test_what_is_not_ours_does_not_compile(tmp_path: Path, body: str, said: str):
     with pytest.raises(BuildError, match=said):
         write_unit(tmp_path, body).launch("unit", "probe", (1, 1, 1), 32, 0, torch.zeros(1))
+
+
+PROGRAMS = {  # the emulator on this machine; with ucontext for its fibers; on an Arm CPU
+    "native": (["g++"], []),
+    "ucontext": (["g++", "-DEMU_UCONTEXT"], []),
+    "arm": (["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
+}
+
+
+def output(name: str, folder: Path) -> str:
+    (compiler, *flags), runner = PROGRAMS[name]
+    if missing := [tool for tool in (compiler, *runner) if shutil.which(tool) is None]:
+        pytest.skip(f"needs {', '.join(missing)}: see scripts/setup --dev")
+    program, source = folder / name, Path(__file__).parent / "emulator_program.cpp"
+    words = [f"-I{build.EMULATOR}", f"-I{build.EMULATOR / 'include'}", f"-I{build.KERNELS}", "-include", "emulator.h"]
+    fixed = ["-std=c++17", "-O1", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing", "-DTINYCHAT_GROUP=32"]
+    sources = [str(source), *map(str, build.EMULATOR.glob("*.cpp"))]
+    subprocess.run([compiler, *flags, *fixed, *words, *sources, "-o", str(program)], check=True)
+    return subprocess.run([*runner, str(program)], capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ucontext", "arm"])
+def test_other_machines_and_contexts_compute_the_same(name: str, tmp_path: Path):
+    expected, found = output("native", tmp_path), output(name, tmp_path)
+    lines = expected.splitlines()
+    assert len(lines) == 9 and len(set(lines[:8])) == 1 and lines[0].startswith("0 ")
+    assert lines[8].startswith("1 block (0, 0, 0), thread 0: memory was touched that belongs to no buffer")
+    assert found == expected

@@ -1,14 +1,16 @@
-// Half precision for the emulator: CUDA's names, the arithmetic of _Float16. Fused where the GPU's is.
+// Half precision for the emulator: CUDA's names, the compiler's arithmetic. Fused where the GPU's is.
 #pragma once
 
 #include <cstring>
 
-struct __half_raw {
-    unsigned short x;
-};
+#ifdef __aarch64__
+using emu_float16 = __fp16;  // g++ knows _Float16 there since 13
+#else
+using emu_float16 = _Float16;
+#endif
 
 struct __half {
-    _Float16 value;
+    emu_float16 value;
 };
 struct alignas(4) __half2 {
     __half x, y;
@@ -17,9 +19,9 @@ typedef __half half;
 typedef __half2 half2;
 
 inline float __half2float(__half h) { return static_cast<float>(h.value); }
-inline __half __float2half(float f) { return {static_cast<_Float16>(f)}; }
+inline __half __float2half(float f) { return {static_cast<emu_float16>(f)}; }
 inline __half __float2half_rn(float f) { return __float2half(f); }
-inline __half __int2half_rn(int i) { return {static_cast<_Float16>(i)}; }
+inline __half __int2half_rn(int i) { return {static_cast<emu_float16>(i)}; }
 inline __half __ushort_as_half(unsigned short bits) {
     __half out;
     std::memcpy(&out, &bits, 2);
@@ -47,7 +49,7 @@ inline __half __hsub(__half a, __half b) { return __float2half(__half2float(a) -
 inline __half __hmul(__half a, __half b) { return __float2half(__half2float(a) * __half2float(b)); }
 inline __half __hmax(__half a, __half b) { return __float2half(fmaxf(__half2float(a), __half2float(b))); }
 inline __half __hmin(__half a, __half b) { return __float2half(fminf(__half2float(a), __half2float(b))); }
-inline __half __hneg(__half a) { return {static_cast<_Float16>(-a.value)}; }
+inline __half __hneg(__half a) { return {static_cast<emu_float16>(-a.value)}; }
 inline __half __habs(__half a) { return __float2half(fabsf(__half2float(a))); }
 inline __half __hfma(__half a, __half b, __half c) {  // the product is exact in float
     return __float2half(__half2float(a) * __half2float(b) + __half2float(c));
