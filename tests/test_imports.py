@@ -57,6 +57,7 @@ ASSEMBLY = {
     "tinychat.convert",
     "tinychat.convert_files",
     "tinychat.cuda_packing",
+    "tinychat.doctor_kernels",
     "tinychat.quantize",
     "tinychat.planner",
     "tinychat.packed_tower",

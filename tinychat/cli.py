@@ -234,9 +234,10 @@ def doctor(flags: DoctorFlags) -> int:
 
     if flags.clear:
         _note(f"deleted {doctoring.size(doctoring.clear_cache())}")
-    found = doctoring.cache() if flags.cache else doctoring.report()
+    looks = {flags.cache: doctoring.cache, flags.kernels: doctoring.kernels}
+    found = looks.get(True, doctoring.report)()
     _say(json.dumps(found) if flags.json else doctoring.to_text(found))
-    return 0
+    return int(flags.kernels and not all(one["right"] for one in found["kernels"]["results"]))
 
 
 def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:

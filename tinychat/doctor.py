@@ -165,16 +165,45 @@ def _why_no_cuda(torch_version: str, runtime: str | None) -> str:
 
 
 def backends() -> list[Json]:
-    """The kernel backends, the fastest first: {name, available, reason, taken}; one is taken for a CPU."""
+    """The kernel backends, the fastest first: {name, available, reason, taken, taken_on_gpu}.
+
+    One is taken on the CPU, and one on a GPU where there is one.
+    """
+    from tinychat_kernels import registry
+
+    states = registry.backends()
+    taken = {device: _taken(device) for device in ("cpu", "cuda")}
+    return [
+        {
+            "name": b.name,
+            "available": b.available,
+            "reason": b.reason,
+            "taken": b.name == taken["cpu"],
+            "taken_on_gpu": b.name == taken["cuda"],
+        }
+        for b in states
+    ]
+
+
+def _taken(device: str) -> str | None:
+    """The backend for a kind of device; None without the device, or where TINYCHAT_BACKEND names none that runs."""
     from tinychat_kernels import registry
     from tinychat_kernels.errors import KernelError
 
-    states = registry.backends()
+    torch = _torch()
+    if device == "cuda" and (torch is None or not torch.cuda.is_available()):
+        return None
     try:
-        taken = registry.chosen().name
-    except KernelError:  # TINYCHAT_BACKEND names none that runs, and the environment's block shows it
-        taken = None
-    return [{"name": b.name, "available": b.available, "reason": b.reason, "taken": b.name == taken} for b in states]
+        return registry.chosen(device).name
+    except KernelError:
+        return None
+
+
+def kernels() -> Json:
+    """What `doctor --kernels` shows: every CUDA op on this machine's GPU."""
+    from tinychat import doctor_kernels
+
+    return {"schema": SCHEMA, "kernels": doctor_kernels.report()}
 
 
 def cache_folder() -> Path:
@@ -297,6 +326,7 @@ def _cuda_lines(found: Json) -> list[str]:
 
 def _backend_lines(found: list[Json]) -> list[str]:
     lines = [f"{b['name']} {'on' if b['available'] else 'off'}: {b['reason']}" for b in found]
+    lines += [f"4-bit models on a GPU run on {b['name']}" for b in found if b["taken_on_gpu"]]
     taken = next((b["name"] for b in found if b["taken"]), None)
     if taken is None:
         return [*lines, "4-bit models on the CPU run on none of them: see TINYCHAT_BACKEND"]
@@ -329,6 +359,12 @@ def _environment_lines(found: Json) -> list[str]:
     return [f"{name}={value}" for name, value in found.items()]
 
 
+def _kernel_lines(found: Json) -> list[str]:
+    from tinychat import doctor_kernels
+
+    return doctor_kernels.lines(found)
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "versions": ("Versions", _version_lines),
     "cpu": ("CPU", _cpu_lines),
@@ -339,4 +375,5 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "hub": ("Model hub", _hub_lines),
     "environment": ("Environment", _environment_lines),
     "cache": ("Cache", _cache_lines),
+    "kernels": ("CUDA kernels", _kernel_lines),
 }

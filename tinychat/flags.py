@@ -63,9 +63,7 @@ class ModelFlags:
     exact: Annotated[
         bool, typer.Option("--exact", help="Keep activations in 32 bits where 4-bit layers run on a CPU: slower.")
     ] = False
-    head: Annotated[str, typer.Option(help="A 16-bit head of a 4-bit model: int8, or float to keep it.")] = (
-        "int8"
-    )
+    head: Annotated[str, typer.Option(help="A 16-bit head of a 4-bit model: int8, or float to keep it.")] = "int8"
     tower: Annotated[
         str, typer.Option(help="A 16-bit vision tower of a 4-bit model on a CPU: int8, or float to keep it.")
     ] = "int8"
@@ -374,10 +372,15 @@ class DoctorFlags:
     json: AsJson = False
     cache: Annotated[bool, typer.Option("--cache", help="Show our cache and its parts only.")] = False
     clear: Annotated[bool, typer.Option("--clear", help="With --cache: delete them.")] = False
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Run every CUDA kernel on this machine's GPU, and check what it gives.")
+    ] = False
 
     def __post_init__(self) -> None:
         if self.clear and not self.cache:
             raise UsageError("--clear is for the cache", "write doctor --cache --clear")
+        if self.kernels and self.cache:
+            raise UsageError("both --kernels and --cache are given", "give one of the two")
 
 
 def checkpoint_sampling(generation: Mapping[str, Any]) -> SamplingParams:
