@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What 8-bit activations, head and vision tower cost a 4-bit model on a CPU: KL from exact ones, and right answers.
+"""What 8-bit activations, head, vision tower, keys and values cost a 4-bit model on a CPU: KL, and right answers.
 
     scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--outliers N:FACTOR] [--only WORD] [--json]
 
 MODEL is a folder or a hub id (the embedded model). All settings read the same held-out sequences. `exact` keeps
-activations in float32, the head and the tower as they are stored, and is what the others are compared with;
-`down_proj exact` has 8-bit activations in every linear but the one whose inputs are the most uneven. A text model's
-settings leave out the tower. --outliers makes a tower with loud channels first, N before each linear, FACTOR times as
-loud as they were: what they mean stays the same.
+activations, keys and values in float32, the head and the tower as they are stored, and is what the others are compared
+with; `down_proj exact` has 8-bit activations in every linear but the one whose inputs are the most uneven. Where
+activations have 8 bits, keys and values have 16, but in the settings that name them. A text model's settings leave out
+the tower. --outliers makes a tower with loud channels first, N before each linear, FACTOR times as loud as they were:
+what they mean stays the same.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tinychat import load
-from tinychat.engine.engine import Engine
+from tinychat.engine.engine import Engine, running
+from tinychat.engine.prefill import embed_rest
 from tinychat.eval import divergence, report
 from tinychat.eval.card import sees
 from tinychat.eval.divergence import Held
@@ -51,6 +54,7 @@ class Setting:
     tower: str = "float"
     spared: tuple[str, ...] = ()
     rows: bool = False
+    kv_cache: str | None = None
 
 
 SETTINGS = (
@@ -62,6 +66,8 @@ SETTINGS = (
     Setting("int8 tower", True, "float", "int8"),
     Setting("int8 tower, a scale a row", True, "float", "int8", rows=True),
     Setting("int8 activations, head and tower", False, "int8", "int8"),
+    Setting("int8 keys and values", True, "float", kv_cache="int8"),
+    Setting("int8 activations, head, keys and values", False, "int8", kv_cache="int8"),
 )
 
 
@@ -101,7 +107,8 @@ def with_outliers(folder: Path, out: Path, channels: int, factor: float) -> Path
 
 
 def opened(model: str | Path | None, setting: Setting, threads: int | None) -> Engine:
-    placement = Placement(device="cpu", head=setting.head, tower=setting.tower, threads=threads)
+    kept = setting.kv_cache or ("float" if setting.exact else "auto")
+    placement = Placement(device="cpu", head=setting.head, tower=setting.tower, threads=threads, kv_cache_dtype=kept)
     with scale_a_row() if setting.rows else nullcontext():
         ready = load.load_folder(load.resolve(model), placement)
     for name, module in ready.model.named_modules():
@@ -112,6 +119,17 @@ def opened(model: str | Path | None, setting: Setting, threads: int | None) -> E
         if isinstance(module, PackedHead):
             module.exact = setting.exact
     return Engine(ready.model, ready.processor, context=ready.context)
+
+
+def logits(engine: Engine, sequence: Held) -> Tensor:
+    """As the engine computes them, by the kernels and through a cache `[scored, V]`."""
+    model, prompt = cast("Any", engine.model), sequence.prompt
+    with running():
+        pixels = [engine.processor.pixels(prompt, [slot.image]) for slot in prompt.slots]
+        features = [found for one in pixels for found in model.encode_images(one)]
+        whole = replace(prompt, ids=(*prompt.ids, *sequence.answer))
+        embeds = embed_rest(engine.model, whole, 0, features)
+        return model.verify(embeds, model.make_cache(1, embeds.shape[1]))[0, list(sequence.scored)]
 
 
 def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[dict[str, Any]]:
@@ -130,11 +148,8 @@ def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[di
             pictures = sees(engine.processor)
             items = heldout("demo" if demo else "plain").items(args.samples)
             held = [divergence.continued(engine, item) for item in items if pictures or item.kind == "text"]
-            base = [divergence.coded(divergence.read(engine, one).logits) for one in held]
-        compared = [
-            divergence.compare(one, known, divergence.read(engine, one).logits)
-            for one, known in zip(held, base, strict=True)
-        ]
+            base = [divergence.coded(logits(engine, one)) for one in held]
+        compared = [divergence.compare(one, known, logits(engine, one)) for one, known in zip(held, base, strict=True)]
         found = divergence.summarize(compared)
         row: dict[str, Any] = {"setting": setting.name, "tokens": found.tokens, "unchanged": found.unchanged}
         row |= {name: asdict(getattr(found, name)) for name in ("kl", "kl_p99", "top1")}

@@ -216,7 +216,7 @@ def comparison(source: load.Source, dtype: torch.dtype, steps: int) -> tuple[boo
     try:
         need = planner.weights_bytes(source.index, dtype, source.spec is not None)
         length = what.ids.shape[1] + steps
-        planner.check(source.config, length, weights_bytes=need, dtype=dtype, device="cpu")
+        planner.check(planner.Need(source.config, need, dtype), length)
     except CapacityError as error:
         return None, f"not run: {error.message}"
     ours = by_ours(source, dtype, what, steps)

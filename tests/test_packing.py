@@ -12,13 +12,13 @@ from same import assert_same
 from torch import nn
 
 from make_tiny_model import make_tiny_model
-from tinychat import packed_cache, packing, planner
+from tinychat import cuda_packing, packed_cache, packing, planner
 from tinychat.errors import UsageError
 from tinychat.layers.embedding import StoredEmbedding
 from tinychat.layers.head import PackedHead
 from tinychat.layers.linear import QuantLinear
 from tinychat.layers.packed_linear import PackedLinear
-from tinychat.load import _dtype_of, assemble, load_folder, load_model, open_source
+from tinychat.load import _dtype_of, assemble, load_folder, load_model, open_source, plan
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
 from tinychat.placement import Placement
 from tinychat.terminal.progress import words
@@ -81,6 +81,35 @@ def test_exact_is_the_same_and_int8_is_near(folder: Path, monkeypatch: pytest.Mo
     near = logits(loaded(folder))
     assert torch.nn.functional.cosine_similarity(near, expected, dim=-1).min() > 0.99
     assert not torch.equal(near, expected)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("kind", "expected"), [("auto", None), ("float", torch.float32), ("int8", torch.int8)])
+def test_keys_and_values_are_planned_as_they_are_made(
+    folder: Path, kind: str, expected: torch.dtype | None, exact: bool
+):
+    placement = Placement(device="cpu", kv_cache_dtype=kind, exact=exact)
+    source, model = open_source(folder), loaded(folder, kv_cache_dtype=kind, exact=exact)
+    pool = model.make_cache(1, 96).pool
+    assert model.one_call is not None
+    assert pool.layers[0][0].dtype == (expected or (torch.float32 if exact else torch.float16))
+    assert plan(source, 96, placement).kv == sum(part.nbytes for layer in pool.layers for part in layer)
+
+
+def test_the_cuda_kernels_read_no_int8(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_packing, "applies", lambda source, placement: True)
+    with pytest.raises(
+        UsageError, match="the CUDA kernels keep keys and values in floats; leave --kv-cache-dtype int8"
+    ):
+        plan(open_source(folder), 96, Placement(device="cpu", kv_cache_dtype="int8"))
+
+
+def test_the_plan_counts_keys_and_values_without_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    model, source = loaded(folder), open_source(folder)
+    assert model.one_call is None and model.make_cache().layer(0).k.dtype == torch.float32
+    found = plan(source, 96, Placement(device="cpu"))
+    assert found.kv == 96 * planner.kv_bytes(source.config.text, torch.float32)
 
 
 def test_the_state_dict_is_what_is_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -181,6 +210,8 @@ def test_nothing_is_packed_without_kernels(folder: Path, monkeypatch: pytest.Mon
 def test_a_head_of_another_kind_is_refused():
     with pytest.raises(UsageError, match="the head is 'int4'; give int8 or float"):
         Placement(head="int4")
+    with pytest.raises(UsageError, match="--kv-cache-dtype is 'fp8'; give auto, float, int8"):
+        Placement(kv_cache_dtype="fp8")
 
 
 def test_the_second_start_reads_what_was_packed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tinychat.config import VilaConfig
 from tinychat.errors import CapacityError
 from tinychat.layers.kv_cache import KVPool
 from tinychat.load import Placement, load_model, open_source, plan
-from tinychat.planner import check, free_bytes, kv_bytes, weights_bytes
+from tinychat.planner import Need, Plan, free_bytes, kv_bytes, weights_bytes
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -50,6 +51,10 @@ def config(**changes: object) -> VilaConfig:
     )
 
 
+def check(config: VilaConfig, context: int, *, free: int, **need: Any) -> Plan:
+    return planner.check(Need(config, **need), context, free)
+
+
 @pytest.mark.parametrize("layout", ["vila", "llava", "llava_hf", "text"])
 @pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -60,7 +65,7 @@ def test_weights_are_those_of_the_loaded_model(tmp_path, layout, group, dtype):
     assert weights_bytes(open_source(folder).index, dtype) == held
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_kv_is_that_of_a_pool(tmp_path, dtype):
     text = open_source(make_tiny_model(tmp_path, "text")).config.text
     pool = KVPool(text, 1, 96, dtype)
@@ -68,7 +73,7 @@ def test_kv_is_that_of_a_pool(tmp_path, dtype):
 
 
 def test_a_seven_billion_llama_in_sixteen_bit():
-    found = check(config(), 4096, weights_bytes=FLOAT16, dtype=torch.float16, free=20 * GIB)
+    found = check(config(), 4096, weights=FLOAT16, dtype=torch.float16, free=20 * GIB)
     assert found.kv == 2 * GIB
     assert found.fits
     assert 15 * GIB < found.total < 16.5 * GIB
@@ -81,7 +86,7 @@ def test_a_seven_billion_llama_in_sixteen_bit():
 def refusal(free: float, context: int = 4096, dtype: torch.dtype = torch.float16, **more: object) -> str:
     held = FLOAT16 * dtype.itemsize // 2
     with pytest.raises(CapacityError) as caught:
-        check(config(), context, **{"weights_bytes": held, "dtype": dtype, "free": int(free * GIB), **more})
+        check(config(), context, **{"weights": held, "dtype": dtype, "free": int(free * GIB), **more})
     assert caught.value.exit_code == 5
     return str(caught.value)
 
@@ -90,13 +95,13 @@ def test_a_shorter_context_is_suggested_and_fits():
     text = refusal(14.5)
     assert re.search(r"15\.\d GiB are needed \(weights 12\.6, .*\), 14\.5 GiB are free; try --context \d+$", text)
     shorter = int(text.rsplit(maxsplit=1)[1])
-    assert check(config(), shorter, weights_bytes=FLOAT16, dtype=torch.float16, free=int(14.5 * GIB)).fits
+    assert check(config(), shorter, weights=FLOAT16, dtype=torch.float16, free=int(14.5 * GIB)).fits
     assert shorter >= 1024
 
 
 @given(free=st.floats(13, 40), context=st.integers(1, 32768), heads=st.sampled_from([4, 8, 32]))
 def test_what_is_suggested_fits(free, context, heads):
-    room = {"weights_bytes": FLOAT16, "dtype": torch.float16, "free": int(free * GIB)}
+    room = {"weights": FLOAT16, "dtype": torch.float16, "free": int(free * GIB)}
     narrow = config(num_key_value_heads=heads)
     try:
         assert check(narrow, context, **room).fits
@@ -110,7 +115,7 @@ def test_what_is_suggested_fits(free, context, heads):
 def test_the_mask_of_a_chunk_is_counted_in_what_is_suggested():
     """A short context of a small model: what grows with the context is the mask, not the keys and values."""
     small = config(num_hidden_layers=1, num_key_value_heads=1, hidden_size=64, intermediate_size=64, vocab_size=100)
-    room = {"weights_bytes": 2**20, "dtype": torch.float32, "free": GIB}
+    room = {"weights": 2**20, "dtype": torch.float32, "free": GIB}
     with pytest.raises(CapacityError, match=r"100000000 tokens of context .*; try --context \d+$") as caught:
         check(small, 10**8, **room)
     longest = int(caught.value.remedy.split()[-1])
@@ -121,7 +126,7 @@ def test_the_mask_of_a_chunk_is_counted_in_what_is_suggested():
 
 
 def test_a_smaller_chunk_takes_less():
-    room = {"weights_bytes": FLOAT16, "dtype": torch.float16, "free": 40 * GIB}
+    room = {"weights": FLOAT16, "dtype": torch.float16, "free": 40 * GIB}
     whole, small = (check(config(), 4096, chunk=chunk, **room).activations for chunk in (512, 64))
     assert 7 * small < whole <= 8 * small
 
@@ -133,12 +138,14 @@ def test_smaller_weights_are_suggested_where_no_context_fits():
     assert refusal(16, dtype=torch.float32).endswith("try --dtype bf16, where the weights take 12.6 GiB")
     assert re.search(r"; try --dtype bf16 --context \d+$", refusal(14.5, dtype=torch.float32))
     assert "--dtype" not in refusal(8, dtype=torch.float32)
+    halved = refusal(14.5, dtype=torch.float32, kv_dtype=torch.float16)
+    assert re.search(r"4096 tokens of context 2\.0, .*; try --dtype bf16 --context \d+$", halved)
     assert refusal(8, quantized=True).endswith("; free memory, or take a smaller model")
 
 
 def test_a_cuda_context_is_counted():
-    room = {"weights_bytes": FLOAT16, "dtype": torch.float16, "free": 40 * GIB}
-    on_cuda, on_cpu = (check(config(), 512, device=device, **room) for device in ("cuda", "cpu"))
+    room = {"weights": FLOAT16, "dtype": torch.float16, "free": 40 * GIB}
+    on_cuda, on_cpu = (check(config(), 512, device=torch.device(device), **room) for device in ("cuda", "cpu"))
     assert on_cuda.margin - on_cpu.margin == planner.CUDA_CONTEXT - planner.CPU_WORKSPACE
 
 

@@ -252,6 +252,7 @@ def _result(subject: Subject, work: Workload, rounds: Sequence[Finished]) -> Jso
         "threads": torch.get_num_threads(),
         "cpu": doctor.cpu()["name"],
         "backend": backend_of(subject.model),
+        "kv_cache_dtype": str(getattr(subject.model, "cache_dtype", subject.model.dtype)).removeprefix("torch."),
         "versions": {"tinychat": __version__, "torch": torch.__version__},
         "prompt_tokens": usage.prompt_tokens,
         "image_tokens": usage.image_tokens,
@@ -346,7 +347,7 @@ def headline(found: Json) -> str:
         return f"tinychat {found['versions']['tinychat']}, {found['rounds']} rounds, seconds"
     return clean_line(
         f"{found['model']}, {found['dtype']} on {found['device']}, {found['threads']} threads, {found['cpu']}; "
-        f"backend {found['backend']}; "
+        f"backend {found['backend']}; keys and values {found['kv_cache_dtype']}; "
         f"{found['prompt_tokens']} prompt tokens ({found['image_tokens']} of {found['images']} pictures), "
         f"{found['new_tokens']} new tokens, {found['rounds']} rounds"
     )

@@ -272,7 +272,7 @@ def _placement(flags: ModelFlags) -> Placement:
     return Placement(
         dtype=flags.dtype, device=device, device_map=flags.device_map, max_memory=parse_max_memory(flags.max_memory),
         dequantize=flags.dequantize, exact=flags.exact, head=flags.head, tower=flags.tower,
-        threads=flags.threads,
+        threads=flags.threads, kv_cache_dtype=flags.kv_cache_dtype,
     )  # fmt: skip
 
 

@@ -67,6 +67,9 @@ class ModelFlags:
     tower: Annotated[
         str, typer.Option(help="A 16-bit vision tower of a 4-bit model on a CPU: int8, or float to keep it.")
     ] = "int8"
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Keys and values in memory: int8, half as large as auto's 16 bits, or float.")
+    ] = "auto"
     template: Annotated[
         str | None, typer.Option(help="Chat template by name, such as vicuna_v1.", show_default="the checkpoint's")
     ] = None

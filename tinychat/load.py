@@ -181,6 +181,7 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
         prepare_tower(model, placement)
     if placement.dequantize:
         dequantize(model, dtype)
+    model.kv_dtype = _kv_dtype(placement, dtype, packing, for_cuda)
     model.eval()
     return dispatched(model, device_map) if device_map else model
 
@@ -192,16 +193,17 @@ def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK)
     where, packing = placement.main_device, packing_of(source, placement)
     kind = _dtype_of(source, placement, packing)
     held = packing.held(source.index) if packing else {}
-    return planner.check(
+    need = planner.Need(
         source.config,
-        context,
-        weights_bytes=planner.weights_bytes(source.index, kind, placement.dequantize, held),
-        dtype=kind,
-        device=where if placement.device_map is None else default_device(),
-        free=None if placement.device_map is None else room(placement.device_map, placement.max_memory),
+        planner.weights_bytes(source.index, kind, placement.dequantize, held),
+        kind,
+        where if placement.device_map is None else default_device(),
         quantized=source.spec is not None and not placement.dequantize and packing is None,
         chunk=chunk,
+        kv_dtype=_kv_dtype(placement, kind, packing, cuda_packing.applies(source, placement)),
     )
+    free = None if placement.device_map is None else room(placement.device_map, placement.max_memory)
+    return planner.check(need, context, free)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
@@ -300,6 +302,17 @@ def resolve(model_id: str | Path | None, revision: str | None = None) -> Path:
 def _dtype_of(source: Source, placement: Placement, packing: Packing | None) -> torch.dtype:
     other = packing.skipped | packing.stored if packing else ()
     return choose_dtype(source, placement.dtype, placement.main_device, other)
+
+
+def _kv_dtype(placement: Placement, dtype: torch.dtype, packing: Packing | None, for_cuda: bool) -> torch.dtype:
+    """What keys and values are kept as. Raises UsageError for what the kernels cannot read."""
+    if placement.kv_cache_dtype == "int8":
+        if for_cuda:
+            raise UsageError("the CUDA kernels keep keys and values in floats", "leave --kv-cache-dtype int8 out")
+        return torch.int8
+    rounds = packing is not None and not packing.exact
+    halved = placement.kv_cache_dtype == "auto" and rounds and dtype == torch.float32
+    return torch.float16 if halved else dtype
 
 
 def _reporters(progress: Report | None, linears: int) -> tuple[checkpoint.Progress | None, checkpoint.Progress | None]:

@@ -19,6 +19,7 @@ Dtype = torch.dtype | str | None
 DeviceMap = str | Mapping[str, str | int | torch.device] | None
 HEADS = ("int8", "float")
 TOWERS = ("int8", "float")
+KV_CACHES = ("auto", "float", "int8")
 MaxMemory = Mapping[int | str, int | str] | None
 
 
@@ -28,7 +29,9 @@ class Placement:
 
     For the CPU kernels: `exact` keeps activations in float32, and with them the tower's weights; `head` and `tower` say
     whether those of 16 bits beside a 4-bit decoder get 8 ("int8") or stay ("float"); `threads` is how many they run on
-    from then on (None: as before).
+    from then on (None: as before). `kv_cache_dtype`: keys and values are "float", of the model's dtype, or "int8" with
+    a scale for each token and head; "auto" is float, in half precision where the CPU kernels round activations of a
+    float32 model anyway.
     """
 
     dtype: Dtype = None
@@ -40,12 +43,15 @@ class Placement:
     head: str = "int8"
     tower: str = "int8"
     threads: int | None = None
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
             raise UsageError(f"the head is {self.head!r}", f"give {' or '.join(HEADS)}")
         if self.tower not in TOWERS:
             raise UsageError(f"the tower is {self.tower!r}", f"give {' or '.join(TOWERS)}")
+        if self.kv_cache_dtype not in KV_CACHES:
+            raise UsageError(f"--kv-cache-dtype is {self.kv_cache_dtype!r}", f"give {', '.join(KV_CACHES)}")
         if self.dequantize and self.device_map is not None:
             raise UsageError("both --dequantize and a --device-map are given", "give one of the two")
         if self.device is not None and self.device_map is not None:

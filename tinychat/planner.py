@@ -18,6 +18,7 @@ from tinychat.errors import CapacityError
 from tinychat_kernels.ref import SLICE
 
 GIB = 2**30
+CPU = torch.device("cpu")
 PACKED = (".qweight", ".qzeros", ".scales", ".weight_scale")  # stay as on disk
 WEIGHTS_A_WORD = 8
 MARGIN = 0.05  # of the rest, for what is not counted below
@@ -61,18 +62,19 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What decides how much memory a context takes."""
+    """What decides how much memory a context takes: `weights` are bytes, kv_dtype that of keys and values (dtype's)."""
 
     config: VilaConfig
     weights: int
     dtype: torch.dtype
-    device: torch.device
-    quantized: bool
-    chunk: int
+    device: torch.device = CPU
+    quantized: bool = False
+    chunk: int = CHUNK
+    kv_dtype: torch.dtype | None = None
 
     def plan(self, context: int, free: int) -> Plan:
         text, vision = self.config.text, self.config.vision
-        kv = kv_bytes(text, self.dtype) * context
+        kv = kv_bytes(text, self.kv_dtype or self.dtype) * context
         unpacking = _slice_bytes(text, self.dtype) if self.quantized else 0
         working = _chunk_bytes(text, context, min(self.chunk, context), self.dtype) + unpacking
         encoding = _vision_bytes(vision, self.dtype) if vision is not None else 0
@@ -88,25 +90,13 @@ class Need:
 
     def narrowed(self) -> Need:
         """The same in bfloat16, from float32."""
-        return replace(self, weights=self.weights // 2, dtype=torch.bfloat16)
+        kept = None if self.kv_dtype == self.dtype else self.kv_dtype
+        return replace(self, weights=self.weights // 2, dtype=torch.bfloat16, kv_dtype=kept)
 
 
-def check(
-    config: VilaConfig,
-    context: int,
-    *,
-    weights_bytes: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    free: int | None = None,
-    quantized: bool = False,
-    chunk: int = CHUNK,
-) -> Plan:
+def check(need: Need, context: int, free: int | None = None) -> Plan:
     """The plan, if it fits. Raises CapacityError with one sentence: the figures, and what to change."""
-    where = torch.device(device)
-    room = free_bytes(where) if free is None else free
-    need = Need(config, weights_bytes, dtype, where, quantized, chunk)
-    plan = need.plan(context, room)
+    plan = need.plan(context, free_bytes(need.device) if free is None else free)
     if not plan.fits:
         raise CapacityError(plan.sentence, _remedy(need, plan))
     return plan
@@ -137,8 +127,9 @@ def float_bytes(index: Index, dtype: torch.dtype, but: Collection[str] = ()) -> 
 
 
 def kv_bytes(text: TextConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token takes."""
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+    """Bytes of keys and values that one token takes, scales included."""
+    head = text.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype == torch.int8 else 0)
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head
 
 
 def free_bytes(device: torch.device) -> int:

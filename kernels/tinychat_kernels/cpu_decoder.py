@@ -20,6 +20,7 @@ from tinychat_kernels import cpu
 from tinychat_kernels.cpu import SCALES, Packed
 from tinychat_kernels.errors import KernelError, LayoutError
 
+CACHES = {**SCALES, torch.int8: 3}  # how keys and values may be stored
 LANES = 16  # outputs of a block: what fused linears, widths and head sizes are multiples of
 MOST_HEAD_DIM = 256
 STAGES = ("norm", "qkv", "rotary", "attention", "out", "gate_up", "swiglu", "down", "head")
@@ -76,9 +77,13 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The cache rows that a forward writes: slots and first positions; keys and values `[slots, Hkv, capacity, D]`."""
+    """The cache rows that a forward writes: slots and first positions.
 
-    layers: Sequence[tuple[Tensor, Tensor]]
+    A layer is keys and values `[slots, Hkv, capacity, D]`; int8 ones are followed by their scales, float32
+    `[slots, Hkv, capacity]` each.
+    """
+
+    layers: Sequence[tuple[Tensor, ...]]
     slots: Sequence[int]
     starts: Sequence[int]
 
@@ -112,8 +117,7 @@ class _Decoder(ctypes.Structure):
 
 class _Cache(ctypes.Structure):
     _fields_ = (
-        ("keys", ctypes.POINTER(_POINTER)),
-        ("values", ctypes.POINTER(_POINTER)),
+        *((name, ctypes.POINTER(_POINTER)) for name in ("keys", "values", "key_scales", "value_scales")),
         ("capacity", _INT64),
         ("kind", _INT32),
     )
@@ -145,7 +149,7 @@ def _library() -> ctypes.CDLL:
     for name, result, arguments in (
         ("tc_step_memory", ctypes.c_size_t, (_POINTER, _INT64, _INT64, _INT64)),
         ("tc_forward", None, (_POINTER, _POINTER, _POINTER)),
-        ("tc_attention", None, (_POINTER,) * 5),
+        ("tc_attention", None, (_POINTER,) * 7),
         ("tc_norm", None, (_POINTER, _POINTER, _POINTER, _FLOAT, _INT64, _INT64, _POINTER)),
         ("tc_swiglu", None, (_POINTER, _INT64, _INT64, _POINTER)),
         ("tc_rotate", None, (_POINTER, _POINTER, _POINTER, _INT64, _INT64)),
@@ -251,11 +255,12 @@ class Decoder:
         )
 
     def _check_rows(self, rows: Rows, batch: int, longest: int) -> None:
-        keys = rows.layers[0][0]
+        keys, _, *scales = rows.layers[0]
         w = self.weights
         shape = (w.kv_heads, keys.shape[2], w.head_dim)
         fits = tuple(keys.shape[1:]) == shape and len(rows.layers) == len(w.layers)
-        if not fits or keys.dtype not in SCALES or keys.device.type != "cpu" or not keys.is_contiguous():
+        fits &= [part.shape for part in scales] == ([keys.shape[:3]] * 2 if keys.dtype == torch.int8 else [])
+        if not fits or keys.dtype not in CACHES or keys.device.type != "cpu" or not keys.is_contiguous():
             found = f"{len(rows.layers)} layers of a cache {list(keys.shape)} of {keys.dtype} on {keys.device}"
             raise KernelError(f"{found} came for {len(w.layers)} of {list(shape)} a slot")
         if len(rows.slots) != batch or len(rows.starts) != batch or longest > keys.shape[2]:
@@ -268,29 +273,32 @@ class Decoder:
             self._memory = cpu.empty(needed)
         return self._memory.data_ptr()
 
-    def _cache_of(self, layers: Sequence[tuple[Tensor, Tensor]]) -> _Cache:
+    def _cache_of(self, layers: Sequence[tuple[Tensor, ...]]) -> _Cache:
         """The structure of a cache, kept for the next step of the same one."""
         if self._cache is None or self._cache[0] is not layers:
             pointers = [
                 (_POINTER * len(layers))(*(part.data_ptr() for part in parts)) for parts in zip(*layers, strict=True)
             ]
             keys = layers[0][0]
-            self._cache = (layers, _Cache(*pointers, keys.shape[2], SCALES[keys.dtype]))
+            scales = [] if len(pointers) == 4 else [None, None]
+            self._cache = (layers, _Cache(*pointers, *scales, keys.shape[2], CACHES[keys.dtype]))
         return self._cache[1]
 
 
 def attention(q: Tensor, rows: Rows, *, window: int | None = None) -> Tensor:
     """q float32 `[B, T, H, D]` over one layer of a cache that holds the keys of these tokens already -> the same."""
     batch, count, heads, head_dim = q.shape
-    keys, values = rows.layers[0]
+    keys, values, *scales = rows.layers[0]
     slots, starts = ((_INT32 * batch)(*numbers) for numbers in (rows.slots, rows.starts))
     shape = _AttentionShape(
         ctypes.addressof(slots), ctypes.addressof(starts), batch, count, heads, keys.shape[1], head_dim, keys.shape[2],
-        window or 0, head_dim**-0.5, SCALES[keys.dtype],
+        window or 0, head_dim**-0.5, CACHES[keys.dtype],
     )  # fmt: skip
     q = q.contiguous()
     out = torch.empty_like(q)
-    _library().tc_attention(ctypes.addressof(shape), q.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr())
+    addresses = [part.data_ptr() for part in (keys, values, *scales)]
+    addresses += [None] * (4 - len(addresses))
+    _library().tc_attention(ctypes.addressof(shape), q.data_ptr(), *addresses, out.data_ptr())
     return out
 
 

@@ -90,9 +90,13 @@ def rotary(dtype: torch.dtype = torch.float32) -> Rotary:
     return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-def storage(slots: int = 1, layers: int = 2, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+def storage(slots: int = 1, layers: int = 2, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, ...]]:
+    """Nothing that may be read."""
     shape = slots, KV_HEADS, CAPACITY, HEAD_DIM
-    return [(torch.full(shape, math.nan).to(dtype), torch.full(shape, math.nan).to(dtype)) for _ in range(layers)]
+    if dtype != torch.int8:
+        return [tuple(torch.full(shape, math.nan).to(dtype) for _ in "kv") for _ in range(layers)]
+    scales = [[torch.full(shape[:3], math.nan) for _ in "kv"] for _ in range(layers)]
+    return [(*(torch.full(shape, 99, dtype=dtype) for _ in "kv"), *pair) for pair in scales]
 
 
 def rounded(x: Tensor, group: int) -> Tensor:
@@ -206,7 +210,9 @@ def test_last_and_every(isa: str):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("exact", "dtype"), [(False, torch.float16), (True, torch.float32)])
+@pytest.mark.parametrize(
+    ("exact", "dtype"), [(False, torch.float16), (True, torch.float32), (False, torch.int8), (True, torch.int8)]
+)
 def test_chunks_have_the_bits_of_one_call(isa: str, name: str, exact: bool, dtype: torch.dtype):
     case = make(**CASES[name])
     ids, layers = tokens(1, 280), len(case.weights.layers)
@@ -221,20 +227,21 @@ def test_chunks_have_the_bits_of_one_call(isa: str, name: str, exact: bool, dtyp
             assert out is not None and logits is not None
             assert torch.equal(out, logits[:, start : start + size])
             start += size
-        for (k, v), (wk, wv) in zip(pieces, whole, strict=True):
-            assert torch.equal(k[:, :, :280], wk[:, :, :280]) and torch.equal(v[:, :, :280], wv[:, :, :280])
+        for layer, other in zip(pieces, whole, strict=True):
+            assert all(torch.equal(a[:, :, :280], b[:, :, :280]) for a, b in zip(layer, other, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_rows_have_the_bits_of_single_rows(isa: str, threads: int):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_rows_have_the_bits_of_single_rows(isa: str, threads: int, dtype: torch.dtype):
     """Ragged rows in slots of any order: prefill, then steps of one and of three tokens."""
     case, slots, lengths = make(window=40, large=True), [2, 0, 3], [5, 60, 21]
-    decoder, together = Decoder(case.weights), storage(4)
+    decoder, together = Decoder(case.weights), storage(4, dtype=dtype)
     before = cpu.threads()
     cpu.set_threads(threads)
     alone: list[list[Tensor]] = [[], [], []]
     for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-        for layers in (together, single := storage(1)):
+        for layers in (together, single := storage(1, dtype=dtype)):
             at = slot if layers is together else 0
             decoder.forward(tokens(1, length, seed=row), Rows(layers, [at], [0]), rotary(), "none")
         for step, count in enumerate((1, 3, 1)):
@@ -250,6 +257,22 @@ def test_rows_have_the_bits_of_single_rows(isa: str, threads: int):
         assert torch.equal(out, torch.cat([rows[step] for rows in alone]))
         starts = [start + count for start in starts]
     cpu.set_threads(before)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_keys_and_values_of_8_bits(isa: str, exact: bool):
+    """Each token and head is rounded to the nearest of 255 steps; the first layer's are those of a float cache."""
+    case, ids, floats, rounded = make(), tokens(2, 30), storage(2), storage(2, dtype=torch.int8)
+    decoder = Decoder(case.weights, exact=exact)
+    wide, narrow = (decoder.forward(ids, Rows(each, [0, 1], [0, 0]), rotary(), "every") for each in (floats, rounded))
+    k, v, *scales = (part[:, :, :30] for part in rounded[0])
+    for stored, scale, plain in zip((k, v), scales, floats[0], strict=True):
+        plain = plain[:, :, :30]
+        assert torch.equal(scale, plain.abs().amax(3) / 127)
+        assert stored.abs().amax(3).eq(127).all()
+        assert ((stored * scale[..., None] - plain).abs() <= 0.5001 * scale[..., None]).all()
+    assert wide is not None and narrow is not None
+    assert 1e-4 < relative(narrow, wide.double()) < 2e-2
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -352,6 +375,8 @@ def test_rows_that_do_not_fit():
         (Rows(layers[:1], [0, 1], [0, 0]), "1 layers of a cache"),
         (Rows([(k.double(), v.double()) for k, v in layers], [0, 1], [0, 0]), "of torch.float64 on cpu came for 2 of"),
         (Rows([(k[..., :16], v[..., :16]) for k, v in layers], [0, 1], [0, 0]), "came for 2 of"),
+        (Rows([layer[:2] for layer in storage(2, dtype=torch.int8)], [0, 1], [0, 0]), "of torch.int8 on cpu came"),
+        (Rows([(*layer, *layer) for layer in layers], [0, 1], [0, 0]), "came for 2 of"),
     ):
         with pytest.raises(KernelError, match=says):
             decoder.forward(ids, rows, rotary())

@@ -18,8 +18,8 @@ class Shape(NamedTuple):
     head_dim: int = 4
 
 
-def pool(slots: int = 4, capacity: int = 8) -> KVPool:
-    return KVPool(Shape(), slots, capacity, torch.float32)
+def pool(slots: int = 4, capacity: int = 8, dtype: torch.dtype = torch.float32) -> KVPool:
+    return KVPool(Shape(), slots, capacity, dtype)
 
 
 def draw(rows: int, count: int, seed: int = 0) -> Tensor:
@@ -107,6 +107,63 @@ def test_an_exported_row_is_a_copy_that_can_be_loaded_elsewhere() -> None:
     assert torch.equal(keys[0, :, 2:], draw(2, 6)[1, :, 2:] + 1)
     assert torch.equal(values[0, :, 2:], -draw(2, 6)[1, :, 2:])
     assert torch.equal(keys[0, :, :2], draw(1, 3, seed=5)[0, :, :2] + 1)
+
+
+def near(found: Tensor, plain: Tensor) -> bool:
+    """Whether each number is within half a step of 127 to its token's and head's largest."""
+    return bool(((found - plain).abs() <= plain.abs().amax(-1, keepdim=True) / 253.9).all())
+
+
+def test_a_pool_of_int8_keeps_a_scale_for_each_token_and_head() -> None:
+    cache, k = pool(dtype=torch.int8).take(3), draw(3, 6)
+    fill(cache, k[:, :, :2])
+    fill(cache, k[:, :, 2:], torch.tensor([2, 2, 2]))
+    layer = cache.layer(1)
+    assert layer.k.dtype == layer.v.dtype == torch.int8
+    assert layer.k_scale is not None and layer.v_scale is not None
+    assert layer.k_scale.shape == layer.v_scale.shape == (4, 3, 8) and layer.k_scale.dtype == torch.float32
+    assert torch.allclose(layer.v_scale[:3, :, :6], k.abs().amax(-1) / 127)
+    assert layer.v[:3, :, :6].abs().amax(-1).eq(127).all()
+    for view, index in ((cache, [0, 1, 2]), (cache.select([2, 0]), [2, 0])):
+        keys, values = view.view(1, 6)
+        assert keys.dtype == values.dtype == torch.float32
+        assert near(keys, k[index] + 1) and near(values, -k[index])
+        assert not torch.equal(values, -k[index])
+
+
+def test_rows_of_int8_move_as_others_do() -> None:
+    store = pool(dtype=torch.int8)
+    cache, other = store.take(2), store.take(1)
+    fill(cache, draw(2, 6))
+    before = cache.view(0, 6)[0][1].clone()
+    saved = cache.export(1, 2, 6)
+    assert [part.shape for part in saved[0]] == [(3, 4, 4), (3, 4, 4), (3, 4), (3, 4)]
+    fill(other, draw(1, 3, seed=5))
+    other.load(0, 2, saved)
+    joined = KVCache.cat([other, cache])
+    assert joined.rows == [2, 0, 1] and joined.lengths == [6, 6, 6]
+    assert torch.equal(joined.view(0, 6)[0][0][:, 2:], before[:, 2:])
+    cache.truncate(3)
+    assert near(cache.view(0, 3)[0], draw(2, 6)[:, :, :3])
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.int8])
+def test_what_one_kind_of_pool_exports_another_loads(source: torch.dtype) -> None:
+    target = torch.int8 if source == torch.float32 else torch.float32
+    cache, other, k = pool(dtype=source).take(1), pool(dtype=target).take(1), draw(1, 5)
+    fill(cache, k)
+    other.load(0, 0, cache.export(0, 0, 5))
+    assert other.lengths == [5] and other.layer(0).k.dtype == target
+    assert near(other.view(0, 5)[1], -k)
+
+
+def test_zeros_and_what_is_no_number_in_int8() -> None:
+    cache, k = pool(dtype=torch.int8).take(1), torch.zeros(1, 3, 2, 4)
+    k[0, 1, 1, 2] = torch.nan
+    fill(cache, k)
+    values = cache.view(0, 2)[1]
+    assert values[0, 1, 1].isnan().all()
+    assert values.isnan().sum() == 4 and not values.nan_to_num().any()
 
 
 def test_released_rows_can_be_taken_again() -> None:

@@ -182,6 +182,29 @@ def test_the_cache_is_in_half_precision_where_activations_are_rounded(monkeypatc
         assert relative(model.decode(steps[:, :1], cache), ours) < 5e-3
 
 
+def test_a_cache_of_int8_is_read_and_written_by_modules_and_kernels_alike(monkeypatch: pytest.MonkeyPatch):
+    model, tokens, steps = quantized(exact=True), ids(2, 20), ids(2, 2, seed=1)
+    floats = answers(model, tokens, steps)
+    model.kv_dtype = torch.int8
+    found = []
+    with torch.inference_mode():
+        for in_modules in (False, True):
+            if in_modules:
+                monkeypatch.setattr(cpu_decoder.CpuDecoder, "of", classmethod(lambda cls, llm, config: None))
+                model._one_call = None
+            cache = model.make_cache(2, 30)
+            first = model.prefill(model.embed_text(tokens), cache, 0)
+            found.append((first, model.decode(steps[:, :1], cache), cache))
+        (first, second, ours), (other, more, theirs) = found
+        assert relative(first, other) < 1e-3 and relative(second, more) < 1e-3
+        assert 1e-4 < relative(second, floats[1]) < 2e-2
+        for held, kept in zip(ours.layer(0)[:2], theirs.layer(0)[:2], strict=True):
+            assert held.dtype == torch.int8
+            assert (held != kept).float().mean() < 0.01
+        ours.truncate(20)
+        assert relative(model.decode(steps[:, :1], ours), second) < 1e-3
+
+
 def test_the_weights_are_not_held_twice():
     model = quantized()
     answers(model, ids(1, 4), ids(1, 3))

@@ -277,7 +277,7 @@ def _head(head: Any) -> Packed | Tensor:
 
 
 def _cached(pool: KVPool) -> list[Cached]:
-    return [Cached(keys, values) for keys, values in pool.layers]
+    return [Cached(*parts) for parts in pool.layers]
 
 
 def _layer(layer: Any, window: int | None) -> Layer:

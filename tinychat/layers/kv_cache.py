@@ -2,6 +2,8 @@
 
 A row keeps the keys and values of one sequence at positions 0..length-1, without padding. Nothing wraps: a write past
 the capacity raises. `write` stores one layer's chunk, `advance` moves the lengths once a forward.
+
+A pool of int8 rounds what is written, with a scale for each token and head; what is viewed is float32 then.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import torch
 from torch import Tensor
 
 from tinychat.errors import CapacityError, UsageError
+from tinychat_kernels.int8 import quantize_tokens
+
+Parts = tuple[Tensor, ...]  # keys and values `[..., D]`, and of int8 their scales, float32 `[...]`
 
 
 class CacheShape(Protocol):
@@ -27,15 +32,23 @@ class CacheShape(Protocol):
 
 
 class LayerView(NamedTuple):
-    """One layer's storage: k and v `[slots, Hkv, capacity, D]`, and the slots that the cache's rows use."""
+    """One layer's storage: k and v `[slots, Hkv, capacity, D]`, and the slots that the cache's rows use.
+
+    Those of int8 have scales, float32 `[slots, Hkv, capacity]`.
+    """
 
     k: Tensor
     v: Tensor
     rows: list[int]
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 class KVPool:
-    """Storage for `slots` sequences of up to `capacity` tokens; hands out rows as KVCache objects."""
+    """Storage for `slots` sequences of up to `capacity` tokens; hands out rows as KVCache objects.
+
+    Floats of a dtype, or int8 with scales.
+    """
 
     def __init__(
         self,
@@ -46,10 +59,11 @@ class KVPool:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
+        parts = [(shape, dtype)] * 2 + ([(shape[:3], torch.float32)] * 2 if dtype == torch.int8 else [])
         self.capacity = capacity
         with torch.inference_mode(False):  # else a pool made there could be written to nowhere else
-            self.layers = [
-                (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            self.layers: list[Parts] = [
+                tuple(torch.zeros(size, dtype=kind, device=device) for size, kind in parts)
                 for _ in range(config.num_hidden_layers)
             ]
         self._free = list(range(slots))
@@ -87,8 +101,8 @@ class KVCache:
 
     def layer(self, index: int) -> LayerView:
         """The storage of one layer, shared by all rows of the pool."""
-        k, v = self.pool.layers[index]
-        return LayerView(k, v, self.rows)
+        k, v, *scales = self.pool.layers[index]
+        return LayerView(k, v, self.rows, *scales)
 
     def starts(self, start: int | Tensor | Sequence[int]) -> list[int]:
         """A start position a row, from one for all, a tensor `[B]` or a list."""
@@ -113,19 +127,21 @@ class KVCache:
             raise UsageError(f"keys of {len(k)} rows came for a cache of {len(self.rows)}", "give one row each")
         count, starts = k.shape[2], self.starts(start)
         self.check_room(starts, count)
-        keys, values = self.pool.layers[index]
+        held = self.pool.layers[index]
+        given = _as(held, (k, v))
         for i, (row, at) in enumerate(zip(self.rows, starts, strict=True)):
-            keys[row, :, at : at + count] = k[i]
-            values[row, :, at : at + count] = v[i]
+            for to, part in zip(held, given, strict=True):
+                to[row, :, at : at + count] = part[i]
 
     def view(self, index: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Hkv, length, D]` of layer `index`; no copy where the rows lie side by side."""
-        keys, values = self.pool.layers[index]
+        """Keys and values `[B, Hkv, length, D]` of layer `index`; no copy where the rows lie side by side.
+
+        Those of int8 come as float32, and are a copy.
+        """
         first = self.rows[0]
-        if self.rows == list(range(first, first + len(self.rows))):
-            span = slice(first, first + len(self.rows))
-            return keys[span, :, :length], values[span, :, :length]
-        return keys[self.rows, :, :length], values[self.rows, :, :length]
+        together = self.rows == list(range(first, first + len(self.rows)))
+        rows = slice(first, first + len(self.rows)) if together else self.rows
+        return _floats(tuple(part[rows, :, :length] for part in self.pool.layers[index]))
 
     def advance(self, counts: int | Sequence[int]) -> None:
         """Count the tokens just written: once a forward, after all layers have written."""
@@ -152,24 +168,49 @@ class KVCache:
             raise UsageError("caches of different pools cannot be joined", "take the rows from one pool")
         return KVCache(pool, [r for c in caches for r in c.rows], [n for c in caches for n in c.lengths])
 
-    def export(self, row: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Copies of k and v `[Hkv, end - start, D]` of every layer of a row: for a prefix cache or a disk."""
+    def export(self, row: int, start: int, end: int) -> list[Parts]:
+        """Copies of k and v `[Hkv, end - start, D]` of every layer of a row: for a prefix cache or a disk.
+
+        Those of int8 are followed by their scales, float32 `[Hkv, end - start]` each.
+        """
         slot, length = self.rows[row], self.lengths[row]
         if not 0 <= start <= end <= length:
             raise UsageError(f"tokens {start} to {end} of a cache row of {length} are wanted", "stay within its length")
-        return [(k[slot, :, start:end].clone(), v[slot, :, start:end].clone()) for k, v in self.pool.layers]
+        return [tuple(part[slot, :, start:end].clone() for part in layer) for layer in self.pool.layers]
 
-    def load(self, row: int, start: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Write back what `export` gave, from position `start`, and set the row's length to its end."""
+    def load(self, row: int, start: int, layers: Sequence[Parts]) -> None:
+        """Write back what `export` gave, from position `start`, and set the row's length to its end.
+
+        What another kind of pool gave is rounded, or becomes floats.
+        """
         count = layers[0][0].shape[1]
         if not 0 <= start <= self.lengths[row]:
             raise UsageError(f"a cache row of {self.lengths[row]} tokens cannot go on at {start}", "leave no gap")
         self.check_room([start], count)
         slot = self.rows[row]
-        for (keys, values), (k, v) in zip(self.pool.layers, layers, strict=True):
-            keys[slot, :, start : start + count] = k
-            values[slot, :, start : start + count] = v
+        for held, given in zip(self.pool.layers, layers, strict=True):
+            for to, part in zip(held, _as(held, given), strict=True):
+                to[slot, :, start : start + count] = part
         self.lengths[row] = start + count
+
+
+def _as(held: Parts, given: Parts) -> Parts:
+    """Keys and values of any kind, in as many parts as those that are held."""
+    if len(given) == len(held):
+        return given
+    if len(held) == 2:
+        return _floats(given)
+    rounded = [quantize_tokens(part.flatten(0, -2)) for part in given]
+    shape = given[0].shape
+    return (*(one.weight.view(shape) for one in rounded), *(one.scale.view(shape[:-1]) for one in rounded))
+
+
+def _floats(parts: Parts) -> tuple[Tensor, Tensor]:
+    """Keys and values in floats: themselves, or int8 times its scale."""
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    k, v, k_scale, v_scale = parts
+    return k * k_scale[..., None], v * v_scale[..., None]
 
 
 def start_positions(start: int | Tensor | Sequence[int], rows: int) -> list[int]:

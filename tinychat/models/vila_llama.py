@@ -59,6 +59,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         config = config or self.config
         self._owned: KVCache | None = None
         self._one_call: CpuDecoder | CudaDecoder | None = None
+        self.kv_dtype: torch.dtype | None = None
         self.llm = LlamaForCausalLM(config.text)
         self.build_vision(config.vision, config.projector)
         dtype = _dtype_of(config, self.llm.lm_head.weight.device)
@@ -132,7 +133,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
 
     @torch.no_grad()
     def verify(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """K tokens a row `[B, K]` appended to the cache -> logits after each `[B, K, V]`."""
+        """K tokens a row `[B, K]`, or their embeddings `[B, K, D]`, appended to the cache -> logits after each."""
         if self._one_call is None:
             self._choose_way()
         return cast("Tensor", self._step(ids, cache, list(cache.lengths), "every"))
@@ -158,13 +159,20 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
     def make_cache(self, rows: int = 1, capacity: int | None = None) -> KVCache:
         """An empty cache; by default min(max_position_embeddings, 4096) tokens a row.
 
-        Its dtype is the model's, or what the kernels that run the decoder say.
+        Its dtype is cache_dtype; int8 has a scale for each token and head.
         """
         text = self.llm.config
         capacity = capacity or min(text.max_position_embeddings, OWNED_CAPACITY)
-        return KVPool(text, rows, capacity, self._cache_dtype(), self.device).take(rows)
+        return KVPool(text, rows, capacity, self.cache_dtype, self.device).take(rows)
 
-    def _cache_dtype(self) -> torch.dtype:
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What a cache made now holds: kv_dtype, which the loader sets.
+
+        Where it is None the model's dtype, or float16 where the CPU kernels read it and round activations anyway.
+        """
+        if self.kv_dtype is not None:
+            return self.kv_dtype
         self._choose_way()
         return self.dtype if self._one_call is None else self._one_call.cache_dtype(self.dtype)
 
@@ -217,7 +225,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         if self._owned is None or len(self._owned) != rows:
             return False
         keys = self._owned.layer(0).k
-        return keys.dtype == self._cache_dtype() and keys.device == self.device
+        return keys.dtype == self.cache_dtype and keys.device == self.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> VilaLlamaForCausalLM:
         self._one_call = None

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t kTile = 96;  // queries of a task: their scores of a block take 96 KiB
 constexpr int64_t kSplitPairs = 32;
+constexpr int64_t kMostInTurn = 8;  // blocks that a thread takes at once: what is asked for ahead is then its own
+constexpr int64_t kTurnsAThread = 8;
 constexpr float kLog2e = 1.44269504f;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -40,6 +42,9 @@ struct Tile {
     float* q;
     float* part;
     float* scores;
+    int16_t* rounded;
+    float* steps;
+    int16_t* weights;
     int64_t* first;
     int64_t* end;
     Partial block;
@@ -65,6 +70,9 @@ Tile tile_at(Arena& arena, int64_t head_dim) {
     t.q = arena.take<float>(kTile * head_dim);
     t.part = arena.take<float>(kPart * head_dim);
     t.scores = arena.take<float>(kTile * kBlock);
+    t.rounded = arena.take<int16_t>(kTile * head_dim);
+    t.steps = arena.take<float>(kTile);
+    t.weights = arena.take<int16_t>(kTile * kBlock);
     t.first = arena.take<int64_t>(kTile);
     t.end = arena.take<int64_t>(kTile);
     t.block = take_partial(arena, kTile, head_dim);
@@ -128,15 +136,22 @@ class Worker {
         for (int64_t i = 0; i < p.count; ++i) {
             const int64_t pair = p.pair + i, token = p.row * a_.count + pair / plan_.group;
             const int64_t head = p.head * plan_.group + pair % plan_.group;
-            ops_.scale(a_.q + token * a_.ldq + head * a_.head_dim, a_.scale * kLog2e, a_.head_dim,
-                       tile_.q + i * a_.head_dim);
+            float* q = tile_.q + i * a_.head_dim;
+            ops_.scale(a_.q + token * a_.ldq + head * a_.head_dim, a_.scale * kLog2e, a_.head_dim, q);
+            if (a_.kind == Kind::i8) tile_.steps[i] = ops_.round_query(q, a_.head_dim, tile_.rounded + i * a_.head_dim);
             tile_.first[i] = first_key(p, i);
             tile_.end[i] = end_key(p, i);
         }
-        const int64_t offset =
-            (a_.slots[p.row] * a_.kv_heads + p.head) * a_.capacity * a_.head_dim * kind_size(a_.kind);
-        return {tile_.q, tile_.first, tile_.end, p.count, a_.head_dim, static_cast<const char*>(a_.keys) + offset,
-                static_cast<const char*>(a_.values) + offset, tile_.part, tile_.scores};
+        const int64_t token = (a_.slots[p.row] * a_.kv_heads + p.head) * a_.capacity;
+        const int64_t offset = token * a_.head_dim * kind_size(a_.kind);
+        Queries q = {tile_.q, tile_.first, tile_.end, p.count, a_.head_dim, static_cast<const char*>(a_.keys) + offset,
+                     static_cast<const char*>(a_.values) + offset, tile_.part, tile_.scores,
+                     nullptr, nullptr, tile_.rounded, tile_.steps, tile_.weights};
+        if (a_.kind == Kind::i8) {
+            q.key_scales = a_.key_scales + token;
+            q.value_scales = a_.value_scales + token;
+        }
+        return q;
     }
 
     void attend_block(const Queries& q, int64_t block, const Partial& result) const {
@@ -179,10 +194,16 @@ class Worker {
     }
 
     void run_split() {
-        for (int64_t i; (i = team_.next()) < plan_.tasks * plan_.blocks;) {
-            const int64_t task = i / plan_.blocks, block = i % plan_.blocks;
+        const int64_t all = plan_.tasks * plan_.blocks;
+        const int64_t in_turn = std::clamp<int64_t>(all / (kTurnsAThread * team_.count()), 1, kMostInTurn);
+        const int64_t turns = ceil_div(plan_.blocks, in_turn);  // of a task
+        for (int64_t i; (i = team_.next()) < plan_.tasks * turns;) {
+            const int64_t task = i / turns, first = i % turns * in_turn;
             const Place p = place(task);
-            if (block >= p.first_block && block < p.end_block) attend_block(queries(p), block, partial_of(task, block));
+            const int64_t begin = std::max(first, p.first_block), end = std::min(first + in_turn, p.end_block);
+            if (begin >= end) continue;
+            const Queries q = queries(p);
+            for (int64_t block = begin; block < end; ++block) attend_block(q, block, partial_of(task, block));
         }
         team_.barrier();
         const Range own = team_.share(plan_.tasks);

@@ -16,6 +16,8 @@ struct Attention {
     float* y;        // the same, tokens ldy apart
     const void* keys;  // [slots, kv_heads, capacity, head_dim]
     const void* values;
+    const float* key_scales;  // [slots, kv_heads, capacity], of Kind::i8 alone
+    const float* value_scales;
     const int32_t* slots;   // [rows]
     const int32_t* starts;  // [rows]
     int64_t ldq, ldy;

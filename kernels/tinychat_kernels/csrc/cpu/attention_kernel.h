@@ -35,12 +35,12 @@ template <Kind kind>
 static void transpose_keys(const typename Stored<kind>::Type* keys, int64_t head_dim, int64_t n, float* part) {
     for (int64_t k = 0; k < kPart; k += W) {
         for (int64_t d = 0; d < head_dim; d += W) {
+            const auto* key = keys + k * head_dim + d;
             vf rows[W];
 #pragma GCC unroll 16
-            for (int i = 0; i < W; i++) {
-                // The next part's keys are asked for now: rows at this stride are more than the hardware foresees.
-                const auto* key = keys + (k + i) * head_dim + d;
+            for (int i = 0; i < W; i++, key += head_dim) {
                 rows[i] = k + i < n ? Stored<kind>::load(key) : vzero();
+                // The next part's keys are asked for now: rows at this stride are more than the hardware foresees.
                 __builtin_prefetch(key + kPart * head_dim);
             }
             vtranspose(rows, part + d * kPart + k, kPart);
@@ -145,34 +145,61 @@ LANE Seen seen(const Queries& q, int64_t first, int64_t last, int64_t start) {
     return {begin > 0 ? begin : 0, end < kBlock ? end : kBlock};
 }
 
+// Keys and values of a block in floats of a kind.
 template <Kind kind>
-static void attend_block(const Queries& q, int64_t start, const Partial& result) {
+class Floats {
+  public:
+    Floats(const Queries& q, int64_t start, int64_t)
+        : q_(q), keys_((const Type*)q.keys + start * q.head_dim), values_((const Type*)q.values + start * q.head_dim) {}
+
+    void take_keys(int64_t k, int64_t n) const {
+        transpose_keys<kind>(keys_ + k * q_.head_dim, q_.head_dim, n, q_.part);
+    }
+
+    void score(int64_t i, int64_t rows, int64_t k) const {
+        kScorePart[rows - 1](q_.q + i * q_.head_dim, q_.part, q_.head_dim, q_.scores + i * kBlock + k);
+    }
+
+    void mix(int64_t i, int64_t rows, Seen any, float* out) const {
+        kMix<kind>[rows - 1](q_.scores + i * kBlock + any.begin, values_ + any.begin * q_.head_dim, q_.head_dim,
+                             any.end - any.begin, out);
+    }
+
+  private:
     using Type = typename Stored<kind>::Type;
+    const Queries& q_;
+    const Type* keys_;
+    const Type* values_;
+};
+
+// A Form reads keys and values: take_keys() puts n of them, from key k of the block on, into q.part; score() writes
+// the scores of queries i.. with them; mix() sums up the values of the keys that any of these queries sees.
+template <class Form>
+static void attend_block(const Queries& q, int64_t start, const Partial& result) {
     const int64_t dim = q.head_dim;
-    const Type* keys = (const Type*)q.keys + start * dim;
-    const Type* values = (const Type*)q.values + start * dim;
     const Seen all = seen(q, 0, q.count - 1, start);
+    const Form form(q, start, all.end);
     const int64_t tiles = (q.count + kRows - 1) / kRows, most = (q.count + tiles - 1) / tiles;  // 8 are 4 and 4
     for (int64_t k = all.begin / kPart * kPart; k < all.end; k += kPart) {
-        transpose_keys<kind>(keys + k * dim, dim, all.end - k < kPart ? all.end - k : kPart, q.part);
+        form.take_keys(k, all.end - k < kPart ? all.end - k : kPart);
         for (int64_t i = 0; i < q.count; i += most) {
             const int64_t rows = q.count - i < most ? q.count - i : most;
             const Seen any = seen(q, i, i + rows - 1, start);
             if (any.end <= k || any.begin >= k + kPart) continue;
-            kScorePart[rows - 1](q.q + i * dim, q.part, dim, q.scores + i * kBlock + k);
+            form.score(i, rows, k);
         }
     }
     for (int64_t i = 0; i < q.count; i += most) {
         const int64_t rows = q.count - i < most ? q.count - i : most;
-        const Seen any = seen(q, i, i + rows - 1, start);
+        Seen any = seen(q, i, i + rows - 1, start);
+        if (any.begin >= any.end) any = {0, 0};
         const int64_t low = any.begin / kSums * kSums, high = (any.end + kSums - 1) / kSums * kSums;
         for (int64_t j = i; j < i + rows; j++) {
             Seen own = seen(q, j, j, start);
             if (own.begin >= own.end) own = {low, low};
             soften(q.scores + j * kBlock, low, own.begin, own.end, high, result.sum + j * kSums, result.top + j);
         }
-        const int64_t n = any.end > any.begin ? any.end - any.begin : 0;
-        kMix<kind>[rows - 1](q.scores + i * kBlock + any.begin, values + any.begin * dim, dim, n, result.out + i * dim);
+        form.mix(i, rows, any, result.out + i * dim);
     }
 }
 

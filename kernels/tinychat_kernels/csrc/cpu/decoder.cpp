@@ -166,11 +166,19 @@ class Forward {
             ops_.rotate(x, step_.cos + angle * (d_.head_dim / 2), step_.sin + angle * (d_.head_dim / 2), d_.head_dim);
         }
         if (head < d_.heads) return;
-        const Kind kind = Kind(cache_.kind);
         const int64_t slot = step_.slots[token / count_];
-        const int64_t row = (slot * d_.kv_heads + key_head) * cache_.capacity + at;
+        write_row(layer, is_value, (slot * d_.kv_heads + key_head) * cache_.capacity + at, x);
+    }
+
+    // The key or value of one token and head, number `row` of the layer's.
+    void write_row(int64_t layer, bool is_value, int64_t row, const float* x) {
+        const Kind kind = Kind(cache_.kind);
         char* to = static_cast<char*>((is_value ? cache_.values : cache_.keys)[layer]);
-        ops_.store[index(kind)](x, d_.head_dim, to + row * d_.head_dim * kind_size(kind));
+        to += row * d_.head_dim * kind_size(kind);
+        if (kind != Kind::i8) return ops_.store[index(kind)](x, d_.head_dim, to);
+        int32_t sum;
+        float* scale = (is_value ? cache_.value_scales : cache_.key_scales)[layer] + row;
+        quantize_row(x, d_.head_dim, d_.head_dim, {reinterpret_cast<int8_t*>(to), scale, &sum, d_.head_dim, 1}, 0);
     }
 
     // In the last layer only the rows' last tokens are needed any more: from here on there are no others.
@@ -196,6 +204,8 @@ class Forward {
         a.y = d_.exact != 0 ? b_.floats : b_.mixed;
         a.keys = cache_.keys[layer];
         a.values = cache_.values[layer];
+        a.key_scales = cache_.key_scales == nullptr ? nullptr : cache_.key_scales[layer];
+        a.value_scales = cache_.value_scales == nullptr ? nullptr : cache_.value_scales[layer];
         a.slots = step_.slots;
         a.starts = starts;
         a.ldq = ldq;

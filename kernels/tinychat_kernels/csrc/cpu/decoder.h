@@ -45,10 +45,13 @@ typedef struct tc_decoder {
     int32_t exact;  // float32 activations in every linear
 } tc_decoder;
 
-// Where keys and values are: for each layer [slots, kv_heads, capacity, head_dim].
+// Where keys and values are: for each layer [slots, kv_heads, capacity, head_dim], and of TC_I8 a scale for each token
+// and head [slots, kv_heads, capacity].
 typedef struct tc_cache {
     void* const* keys;
     void* const* values;
+    float* const* key_scales;  // NULL but for TC_I8
+    float* const* value_scales;
     int64_t capacity;
     int32_t kind;  // enum tc_scale
 } tc_cache;
@@ -105,7 +108,7 @@ typedef struct tc_attention_shape {
 } tc_attention_shape;
 
 TINYCHAT_EXPORT void tc_attention(const tc_attention_shape* shape, const float* q, const void* keys,
-                                  const void* values, float* y);
+                                  const void* values, const float* key_scales, const float* value_scales, float* y);
 
 // For each of `rows` rows of n numbers, on the calling thread. norm: x += add unless NULL, y = x / rms(x) * weight;
 // swiglu: x [rows, 2n] is gate and up; rotate: x is turned in place by cos and sin [rows, n/2].

@@ -10,12 +10,13 @@
 
 namespace tinychat {
 
-// How keys and values are stored.
-enum class Kind : int32_t { f16 = TC_F16, bf16 = TC_BF16, f32 = TC_F32 };
-constexpr int kKinds = 3;
+// How numbers are stored; the last one, int8 with a scale for each token and head, keys and values alone.
+enum class Kind : int32_t { f16 = TC_F16, bf16 = TC_BF16, f32 = TC_F32, i8 = TC_I8 };
+constexpr int kKinds = 3;  // of floats
+constexpr int kCacheKinds = 4;
 
 constexpr int index(Kind kind) { return static_cast<int>(kind); }
-constexpr int64_t kind_size(Kind kind) { return kind == Kind::f32 ? 4 : 2; }
+constexpr int64_t kind_size(Kind kind) { return kind == Kind::f32 ? 4 : kind == Kind::i8 ? 1 : 2; }
 
 // Keys are attended to in blocks that start at multiples of kBlock; a block's sums are made from parts of kPart keys.
 constexpr int64_t kBlock = 256;
@@ -35,6 +36,12 @@ struct Queries {
     const void* values;
     float* part;    // memory: [head_dim, kPart]
     float* scores;  // memory: [count, kBlock]
+    // Of 8-bit keys and values alone:
+    const float* key_scales;  // [capacity]
+    const float* value_scales;
+    const int16_t* rounded;  // [count, head_dim]: what round_query made of q
+    const float* steps;      // [count]
+    int16_t* weights;        // memory: [count, kBlock]
 };
 
 // What attention over some of the keys gives for each query: sum of 2^(score - top) * value, and of 2^(score - top).
@@ -46,7 +53,9 @@ struct Partial {
 
 struct FloatOps {
     // Attention over the keys start <= key < start + kBlock.
-    void (*attend_block[kKinds])(const Queries& queries, int64_t start, const Partial& result);
+    void (*attend_block[kCacheKinds])(const Queries& queries, int64_t start, const Partial& result);
+    // A query as attention to 8-bit keys wants it; returns what a step of it is worth.
+    float (*round_query)(const float* x, int64_t n, int16_t* to);
     // into = attention over what was seen in both. `into` of nothing has out = 0, sum = 0, top = -inf.
     void (*merge)(const Partial& into, const Partial& more, int64_t count, int64_t head_dim);
     // y [count, head_dim], heads ldy apart = out / sum

@@ -15,6 +15,7 @@ namespace tinychat {
 namespace {
 #include "lanes.h"
 #include "attention_kernel.h"
+#include "attention_int8.h"
 #include "rows_kernel.h"
 }  // namespace
 

@@ -5,6 +5,12 @@
 
 #define LANE static inline __attribute__((always_inline))
 
+LANE int32_t word_at(const void* p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return word;
+}
+
 #if LANES == 512
 
 constexpr int W = 16;
@@ -39,9 +45,28 @@ LANE void vstore_bf16(uint16_t* p, vf x) {
     __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
 }
-LANE vf vload_i8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+// Whole numbers of 32 bits, or pairs of 16.
+typedef __m512i vi;
+typedef vi vsum;  // sums of products of pairs
+LANE vi vload_pairs(const void* p) { return _mm512_loadu_si512(p); }
+LANE vi vset_pair(const int16_t* p) { return _mm512_set1_epi32(word_at(p)); }
+LANE vi veven_bytes(vi x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }  // bytes 0 and 2 of each lane
+LANE vi vodd_bytes(vi x) { return _mm512_srai_epi16(x, 8); }
+LANE vi vpair_bytes(const int8_t* p, const int8_t* q) {  // a lane: p[i], q[i]
+    const vi low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+    const vi high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q));
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16));
 }
+LANE vsum vzero_sum() { return _mm512_setzero_si512(); }
+LANE vsum vadd_pairs(vsum sum, vi a, vi b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // some compilers copy each sum around the intrinsic
+    return sum;
+}
+LANE vf vtotal(vsum sum) { return _mm512_cvtepi32_ps(sum); }
+LANE vi vmagnitude(vf x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
+LANE vi vlarger(vi a, vi b) { return _mm512_max_epi32(a, b); }
+LANE void vstore_int(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
+LANE void vround_i16(int16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x))); }
 // W rows of W floats -> out[column * stride + row]
 LANE void vtranspose(vf* r, float* out, int stride) {
     vf t[16];
@@ -102,8 +127,26 @@ LANE void vstore_bf16(uint16_t* p, vf x) {
     __m256i up = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
     _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1)));
 }
-LANE vf vload_i8(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+typedef __m256i vi;
+typedef vi vsum;
+LANE vi vload_pairs(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+LANE vi vset_pair(const int16_t* p) { return _mm256_set1_epi32(word_at(p)); }
+LANE vi veven_bytes(vi x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+LANE vi vodd_bytes(vi x) { return _mm256_srai_epi16(x, 8); }
+LANE vi vpair_bytes(const int8_t* p, const int8_t* q) {
+    const vi low = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    const vi high = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)q));
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+}
+LANE vsum vzero_sum() { return _mm256_setzero_si256(); }
+LANE vsum vadd_pairs(vsum sum, vi a, vi b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+LANE vf vtotal(vsum sum) { return _mm256_cvtepi32_ps(sum); }
+LANE vi vmagnitude(vf x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
+LANE vi vlarger(vi a, vi b) { return _mm256_max_epi32(a, b); }
+LANE void vstore_int(int32_t* p, vi x) { _mm256_storeu_si256((__m256i*)p, x); }
+LANE void vround_i16(int16_t* p, vf x) {
+    const vi whole = _mm256_cvtps_epi32(x);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
 }
 LANE void vtranspose(vf* r, float* out, int stride) {
     vf t[8];
@@ -130,12 +173,6 @@ typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 LANE vf vzero() { return vf{0, 0, 0, 0}; }
 LANE vf vset(float x) { return vf{x, x, x, x}; }
-LANE vf vload(const float* p) {
-    vf x;
-    memcpy(&x, p, 16);
-    return x;
-}
-LANE void vstore(float* p, vf x) { memcpy(p, &x, 16); }
 LANE vf vadd(vf a, vf b) { return a + b; }
 LANE vf vsub(vf a, vf b) { return a - b; }
 LANE vf vmul(vf a, vf b) { return a * b; }
@@ -143,25 +180,104 @@ LANE vf vdiv(vf a, vf b) { return a / b; }
 LANE vf vmax(vf a, vf b) { return a > b ? a : b; }
 LANE vf vmin(vf a, vf b) { return a < b ? a : b; }
 LANE vf vclear_lt(vf a, vf x, vf limit) { return (vf)((vi)a & ~(x < limit)); }
-LANE vf vload_i8(const int8_t* p) { return vf{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
+LANE vi vmagnitude(vf x) { return (vi)x & 0x7fffffff; }
+LANE vi vlarger(vi a, vi b) { return a > b ? a : b; }
+
+#if defined(__aarch64__)
+LANE vf vload(const float* p) { return (vf)vld1q_f32(p); }
+LANE void vstore(float* p, vf x) { vst1q_f32(p, (float32x4_t)x); }
+LANE void vtranspose(vf* r, float* out, int stride) {
+    const float32x4_t a = (float32x4_t)r[0], b = (float32x4_t)r[1], c = (float32x4_t)r[2], d = (float32x4_t)r[3];
+    const float64x2_t ab_low = (float64x2_t)vzip1q_f32(a, b), ab_high = (float64x2_t)vzip2q_f32(a, b);
+    const float64x2_t cd_low = (float64x2_t)vzip1q_f32(c, d), cd_high = (float64x2_t)vzip2q_f32(c, d);
+    vstore(out, (vf)vzip1q_f64(ab_low, cd_low));
+    vstore(out + stride, (vf)vzip2q_f64(ab_low, cd_low));
+    vstore(out + 2 * stride, (vf)vzip1q_f64(ab_high, cd_high));
+    vstore(out + 3 * stride, (vf)vzip2q_f64(ab_high, cd_high));
+}
+LANE vf vfma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+LANE vf vround(vf a) { return (vf)vrndnq_f32((float32x4_t)a); }
+LANE vi vtoint(vf a) { return (vi)vcvtq_s32_f32((float32x4_t)a); }
+LANE vf vload_bf16(const uint16_t* p) { return (vf)(vshll_n_u16(vld1_u16(p), 15) << 1); }
+LANE void vstore_bf16(uint16_t* p, vf x) {
+    const uint32x4_t bits = (uint32x4_t)x, odd = vshrq_n_u32(bits, 16) & 1;
+    vst1_u16(p, vshrn_n_u32(bits + 0x7fff + odd, 16));
+}
+LANE vi vload_pairs(const void* p) { return (vi)vld1q_u8((const uint8_t*)p); }
+LANE vi vset_pair(const int16_t* p) { return (vi)vdupq_n_s32(word_at(p)); }
+LANE void vstore_int(int32_t* p, vi x) { vst1q_s32(p, (int32x4_t)x); }
+struct vsum {  // products of the first 2 lanes, and of the last 2
+    int32x4_t low, high;
+};
+LANE vi veven_bytes(vi x) { return (vi)vshrq_n_s16(vshlq_n_s16((int16x8_t)x, 8), 8); }
+LANE vi vodd_bytes(vi x) { return (vi)vshrq_n_s16((int16x8_t)x, 8); }
+LANE vi vpair_bytes(const int8_t* p, const int8_t* q) {
+    const int8x8_t low = (int8x8_t)vdup_n_s32(word_at(p)), high = (int8x8_t)vdup_n_s32(word_at(q));
+    return (vi)vmovl_s8(vzip1_s8(low, high));
+}
+LANE vsum vzero_sum() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+LANE vsum vadd_pairs(vsum sum, vi a, vi b) {
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    return {vmlal_s16(sum.low, vget_low_s16(x), vget_low_s16(y)), vmlal_high_s16(sum.high, x, y)};
+}
+LANE vf vtotal(vsum sum) { return (vf)vcvtq_f32_s32(vpaddq_s32(sum.low, sum.high)); }
+LANE void vround_i16(int16_t* p, vf x) { vst1_s16(p, vmovn_s32(vcvtnq_s32_f32((float32x4_t)x))); }
+LANE vf vload_f16(const uint16_t* p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LANE void vstore_f16(uint16_t* p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x))); }
+#else
+LANE vf vload(const float* p) {
+    vf x;
+    memcpy(&x, p, 16);
+    return x;
+}
+LANE void vstore(float* p, vf x) { memcpy(p, &x, 16); }
 LANE void vtranspose(vf* r, float* out, int stride) {
     for (int c = 0; c < 4; c++)
         for (int i = 0; i < 4; i++) out[c * stride + i] = r[i][c];
 }
-
-#if defined(__aarch64__)
-LANE vf vfma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
-LANE vf vround(vf a) { return (vf)vrndnq_f32((float32x4_t)a); }
-LANE vi vtoint(vf a) { return (vi)vcvtq_s32_f32((float32x4_t)a); }
-LANE vf vload_f16(const uint16_t* p) { return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-LANE void vstore_f16(uint16_t* p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x))); }
-#else
 LANE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 LANE vf vround(vf a) {  // to even, for |a| < 2^22
     vf magic = vset(12582912.f);
     return (a + magic) - magic;
 }
 LANE vi vtoint(vf a) { return __builtin_convertvector(a, vi); }
+LANE vf vload_bf16(const uint16_t* p) {
+    vi x = {p[0], p[1], p[2], p[3]};
+    return (vf)(x << 16);
+}
+LANE void vstore_bf16(uint16_t* p, vf x) {
+    for (int i = 0; i < 4; i++) {
+        uint32_t bits;
+        memcpy(&bits, (const char*)&x + 4 * i, 4);
+        p[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
+}
+LANE vi vload_pairs(const void* p) {
+    vi x;
+    memcpy(&x, p, 16);
+    return x;
+}
+LANE vi vset_pair(const int16_t* p) {
+    const int32_t pair = word_at(p);
+    return vi{pair, pair, pair, pair};
+}
+LANE void vstore_int(int32_t* p, vi x) { memcpy(p, &x, 16); }
+typedef vi vsum;
+LANE vi veven_bytes(vi x) { return ((x << 24) >> 24 & 0xffff) | ((x << 8) >> 24 << 16); }
+LANE vi vodd_bytes(vi x) { return ((x << 16) >> 24 & 0xffff) | (x >> 24 << 16); }
+LANE vi vpair_bytes(const int8_t* p, const int8_t* q) {
+    vi x = {p[0], p[1], p[2], p[3]}, y = {q[0], q[1], q[2], q[3]};
+    return (x & 0xffff) | (y << 16);
+}
+LANE vsum vzero_sum() { return vi{0, 0, 0, 0}; }
+LANE vsum vadd_pairs(vsum sum, vi a, vi b) {
+    return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+}
+LANE vf vtotal(vsum sum) { return __builtin_convertvector(sum, vf); }
+LANE void vround_i16(int16_t* p, vf x) {
+    const vi whole = vtoint(vround(x));
+    for (int i = 0; i < 4; i++) p[i] = (int16_t)whole[i];
+}
 LANE float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13, bits = rest + (112u << 23);
     float x;
@@ -200,17 +316,6 @@ LANE void vstore_f16(uint16_t* p, vf x) {
 }
 #endif
 LANE vf vscale2(vf x, vf n) { return (vf)((vi)x + (vtoint(n) << 23)); }
-LANE vf vload_bf16(const uint16_t* p) {
-    vi x = {p[0], p[1], p[2], p[3]};
-    return (vf)(x << 16);
-}
-LANE void vstore_bf16(uint16_t* p, vf x) {
-    for (int i = 0; i < 4; i++) {
-        uint32_t bits;
-        memcpy(&bits, (const char*)&x + 4 * i, 4);
-        p[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-    }
-}
 
 #endif
 

@@ -20,7 +20,8 @@ struct Freed {
 
 extern "C" {
 
-void tc_attention(const tc_attention_shape* s, const float* q, const void* keys, const void* values, float* y) {
+void tc_attention(const tc_attention_shape* s, const float* q, const void* keys, const void* values,
+                  const float* key_scales, const float* value_scales, float* y) {
     const int64_t longest = *std::max_element(s->starts, s->starts + s->rows) + s->count;
     const size_t bytes = attention_memory(s->rows, s->count, s->heads, s->kv_heads, s->head_dim, longest);
     const std::unique_ptr<void, Freed> memory(std::aligned_alloc(64, bytes + 64));
@@ -29,6 +30,8 @@ void tc_attention(const tc_attention_shape* s, const float* q, const void* keys,
     a.y = y;
     a.keys = keys;
     a.values = values;
+    a.key_scales = key_scales;
+    a.value_scales = value_scales;
     a.slots = s->slots;
     a.starts = s->starts;
     a.ldq = a.ldy = s->heads * s->head_dim;

@@ -164,7 +164,9 @@ static void gelu_erf_row(const float* x, int64_t n, float* y) {
 }
 
 static constexpr FloatOps kFloatOps = {
-    {attend_block<Kind::f16>, attend_block<Kind::bf16>, attend_block<Kind::f32>},
+    {attend_block<Floats<Kind::f16>>, attend_block<Floats<Kind::bf16>>, attend_block<Floats<Kind::f32>>,
+     attend_block<Bytes>},
+    round_query,
     merge_partial,
     finish_partial,
     scale_row,

@@ -15,9 +15,9 @@ extern "C" {
 #endif
 
 // Raised when a signature or a layout below changes: Python refuses a library of another number.
-#define TC_ABI 1
+#define TC_ABI 2
 
-enum tc_scale { TC_F16 = 0, TC_BF16 = 1, TC_F32 = 2 };
+enum tc_scale { TC_F16 = 0, TC_BF16 = 1, TC_F32 = 2, TC_I8 = 3 };  // TC_I8: keys and values alone
 
 // The weights of a linear, packed: `bits` is 4 (with zero points) or 8 (symmetric), `group` inputs share a scale.
 // 4 bits: group is a multiple of 32 that divides inputs. 8 bits: any group that divides inputs, one row's included.
