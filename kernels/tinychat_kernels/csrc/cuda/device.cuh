@@ -127,6 +127,20 @@ __device__ __forceinline__ void load_matrix_transposed(u32 (&out)[4], const void
 #endif
 }
 
+// A matrix of 8x8 numbers of 16 bits that a warp holds, row g's columns 2t and 2t + 1 in lane 4g + t, with rows for columns.
+__device__ __forceinline__ u32 transpose_matrix(u32 word) {
+#ifdef TINYCHAT_EMU
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const u32 even = __shfl_sync(0xffffffffu, word, 8 * t + g / 2);
+    const u32 odd = __shfl_sync(0xffffffffu, word, 8 * t + 4 + g / 2);
+    return __byte_perm(even, odd, g % 2 ? 0x7632 : 0x5410);
+#else
+    u32 out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(word));
+    return out;
+#endif
+}
+
 // d [16, 8] = a [16, 16] b [16, 8] + c. With g = lane / 4 and t = lane % 4: a has rows g, g+8 (words 0, 1) at columns
 // 2t, 2t+1, and the same at columns + 8 (words 2, 3); b has column g at rows 2t, 2t+1, and + 8; c and d have row g at
 // columns 2t, 2t+1, and row g + 8.
