@@ -61,24 +61,32 @@ def relative(ours: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def defective(folder: Path, unit: str, change: tuple[str, str], mode: Mode = MODES[0], arch: int = 80) -> GuardedLaunch:
-    """Launches kernels in which a text, which stands there once, is another one."""
-    old, new = change
-    for path in build.KERNELS.glob("*.cu*"):
-        shutil.copy(path, folder)
-    holders = [path for path in (folder / f"{unit}.cu", *folder.glob("*.cuh")) if old in path.read_text("utf-8")]
-    assert len(holders) == 1, f"{old!r} is in {[path.name for path in holders]}"
-    text = holders[0].read_text("utf-8")
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {holders[0].name}"
-    holders[0].write_text(text.replace(old, new), "utf-8")
-    return GuardedLaunch(Emulator(mode, arch, folder))
+@dataclass(frozen=True, slots=True)
+class Defects:
+    """A unit with one text of its sources replaced by another; `trims` are more of them, which leave entries out."""
+
+    unit: str
+    trims: tuple[tuple[str, str], ...] = ()
+
+    def survive(self, check: Callable[[GuardedLaunch], None], folder: Path, change: tuple[str, str]) -> bool:
+        """Whether a defect passes a check in every mode; the check raises where it finds one."""
+        for path in build.KERNELS.glob("*.cu*"):
+            shutil.copy(path, folder)
+        for old, new in (*self.trims, change):
+            self._replace(folder, old, new)
+        return all(_passes(check, GuardedLaunch(Emulator(mode, sources=folder))) for mode in MODES)
+
+    def _replace(self, folder: Path, old: str, new: str) -> None:
+        paths = [folder / f"{self.unit}.cu", *folder.glob("*.cuh")]
+        places = {path: path.read_text("utf-8").count(old) for path in paths}
+        assert sum(places.values()) == 1, f"{old!r} stands {sum(places.values())} times in {self.unit}"
+        path = max(paths, key=lambda path: places[path])
+        path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
 
 
-def survives(check: Callable[[GuardedLaunch], None], folder: Path, unit: str, change: tuple[str, str]) -> bool:
-    """Whether a defect passes a check in every mode; the check raises where it finds one."""
-    for mode in MODES:
-        try:
-            check(defective(folder, unit, change, mode))
-        except (AssertionError, EmulationError):
-            return False
+def _passes(check: Callable[[GuardedLaunch], None], launch: GuardedLaunch) -> bool:
+    try:
+        check(launch)
+    except (AssertionError, EmulationError):
+        return False
     return True

@@ -149,9 +149,21 @@ class Partial(NamedTuple):
     stats: Tensor
 
 
+MOST_SPLITS = 128
+BLOCK_HEADS = 8  # query heads of a block of attn_decode, at most
+ATTENTION_WARPS = 4
+COMBINE_SHARED = 4 * (2 * WARP + MOST_SPLITS + 4 * ATTENTION_WARPS * WARP)  # bytes
+
+
 def attention_splits(kv_heads: int, capacity: int, processors: int) -> int:
     """Parts that a row's keys are cut into: two blocks a processor, and no part below 64 keys. Rows do not count."""
-    return max(1, min(-(-2 * processors // kv_heads), -(-capacity // 64), 128))
+    return max(1, min(-(-2 * processors // kv_heads), -(-capacity // 64), MOST_SPLITS))
+
+
+def attention_shared(heads: Heads) -> int:
+    """Bytes of shared memory of a block of attn_decode: what its warps know of each query head."""
+    together = min(heads.queries // heads.keys, BLOCK_HEADS)
+    return 4 * ATTENTION_WARPS * (2 * BLOCK_HEADS + together * heads.dim)
 
 
 def attn_decode(
@@ -159,23 +171,31 @@ def attn_decode(
 ) -> None:
     """q, the first Hq D channels of rows `[R, stride]`, over the keys up to each row's position -> out `[R, Hq D]`.
 
-    A block is a split, a key head with all its query heads, and a row. The keys of a row are cut evenly into gridDim.x
-    parts (rounded up to 32 keys); a part without keys leaves a maximum of -inf and a sum of 0.
+    A block is a split, a key head with up to 8 of its query heads, and a row. The keys of a row are cut evenly into
+    gridDim.x parts (rounded up to 32 keys); a part without keys leaves a maximum of -inf and a sum of 0. A row without
+    keys gives zeros.
     attn_decode_{t}_d{D}(const T* q, const T* keys, const T* values, const int* positions, const int* slots,
                          const int* begins, float* sums, float* stats, int q_stride, int heads, int kv_heads,
                          int capacity, int window, float scale)
-    attn_decode_{t}_d{D}_kv8: int8_t* keys, values, then const float* key_scales, value_scales.
+    attn_decode_{t}_d{D}_kv8: int8_t* keys, values, and after stats const float* key_scales, value_scales.
     attn_combine_{t}_d{D}(const float* sums, const float* stats, T* out, int splits); a block a head (x) and row (y).
     """
     _check_heads(heads)
     rows, splits = len(q), partial.sums.shape[2]
+    if splits > MOST_SPLITS:
+        raise KernelError(f"the keys are in {splits} parts: {MOST_SPLITS} are supported")
     name = f"{_kind(q)}_d{heads.dim}"
+    groups = heads.keys * -(-heads.queries // heads.keys // BLOCK_HEADS)
+    threads = ATTENTION_WARPS * WARP
     launch(
-        "attn_decode", f"attn_decode_{name}{_cached(cached)}", (splits, heads.keys, rows), 128, 0,
+        "attn_decode", f"attn_decode_{name}{_cached(cached)}", (splits, groups, rows), threads, attention_shared(heads),
         q, *_parts(cached)[:2], where.positions, where.slots, where.begins, *partial, *_parts(cached)[2:],
         q.stride(0), heads.queries, heads.keys, cached.keys.shape[2], heads.window, heads.scale,
     )  # fmt: skip
-    launch("attn_decode", f"attn_combine_{name}", (heads.queries, rows, 1), heads.dim, 0, *partial, out, splits)
+    launch(
+        "attn_decode", f"attn_combine_{name}", (heads.queries, rows, 1), threads, COMBINE_SHARED,
+        *partial, out, splits,
+    )  # fmt: skip
 
 
 # int8_linear.cu

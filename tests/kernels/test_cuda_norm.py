@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import GuardedLaunch, halves, launch_for, modes, needs_compiler, numbers, relative, survives
+from emulated import Defects, GuardedLaunch, halves, launch_for, modes, needs_compiler, numbers, relative
 from torch import Tensor
 
 from emu.launcher import Mode
@@ -110,7 +110,7 @@ def check_small(launch: GuardedLaunch) -> None:
 
 @pytest.mark.parametrize("change", DEFECTS, ids=range(len(DEFECTS)))
 def test_defects_are_found(change: tuple[str, str], tmp_path: Path):
-    assert not survives(check_small, tmp_path, "norm", change)
+    assert not Defects("norm").survive(check_small, tmp_path, change)
 
 
 def exact_norm(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated import GuardedLaunch, halves, launch_for, modes, needs_compiler, numbers, relative, survives
+from emulated import Defects, GuardedLaunch, halves, launch_for, modes, needs_compiler, numbers, relative
 from torch import Tensor
 
 from emu.launcher import Mode
@@ -161,7 +161,7 @@ DEFECTS = (
     ("lanes, active && key >= 0", "lanes, active"),
     ("active ? halves.largest() : 0u, lanes)", "active ? halves.largest() : 0u, lanes / 2)"),
     ("max(magnitude(first[i]), magnitude(second[i]))", "magnitude(first[i])"),
-    ("at + kVector * lane", "at + 4 * lane"),
+    ("signed char* place = to + at * dim + kVector * lane;", "signed char* place = to + at * dim + 4 * lane;"),
     ("fmaf(-near, step, values[i])", "fmaf(near, step, values[i])"),
     ("halves.add(more);", ""),
 )
@@ -180,4 +180,4 @@ def check_small(launch: GuardedLaunch) -> None:
 
 @pytest.mark.parametrize("change", DEFECTS, ids=range(len(DEFECTS)))
 def test_defects_are_found(change: tuple[str, str], tmp_path: Path):
-    assert not survives(check_small, tmp_path, "rope_kv", change)
+    assert not Defects("rope_kv").survive(check_small, tmp_path, change)
