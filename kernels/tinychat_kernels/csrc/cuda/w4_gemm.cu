@@ -10,6 +10,13 @@ constexpr int kColumns = 128, kColumnTiles = kColumns / kTileOutputs;  // output
 constexpr int kWarpColumns = 32, kTiles = kWarpColumns / kTileOutputs;
 constexpr int kRowBytes = 2 * kDepth;
 
+// Blocks that a processor shall hold: two of the largest where shared memory and, without spills, registers allow it.
+#if __CUDA_ARCH__ == 870 || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+constexpr int kBlocksOf128 = 2;
+#else
+constexpr int kBlocksOf128 = 1;
+#endif
+
 // What a block is asked.
 template <class Type>
 struct Product {
@@ -316,7 +323,7 @@ __device__ __forceinline__ void dequantize(const uint4* words, const uint2* scal
 }  // namespace
 
 #define GEMM(name, Type, group, rows, row_warps, slices)                                                            \
-    extern "C" __global__ void __launch_bounds__(128 * row_warps * slices, 2) w4_gemm_##name##_g##group##_r##rows(  \
+    extern "C" __global__ void __launch_bounds__(128 * row_warps * slices, rows == 128 ? kBlocksOf128 : 2) w4_gemm_##name##_g##group##_r##rows(  \
         const Type::One* x, const uint4* words, const uint2* scales, const Type::One* bias, Type::One* out,         \
         float* parts, int row_count, int inputs, int outputs, int x_stride, int flags) {                            \
         gemm<Type, group, rows, row_warps, slices>(x, words, scales, bias, out, parts, row_count, inputs, outputs,  \

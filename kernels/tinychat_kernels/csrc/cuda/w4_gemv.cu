@@ -26,10 +26,8 @@ struct Gemv {
     T* staged;
     int staged_stride, lane, warp;
     Masks masks;
-    const uint4* first_words;   // of this lane, in the warp's first unit
-    const uint2* first_scales;  // likewise
-    const uint4* words = nullptr;  // in the unit that is fetched next
-    const uint2* scales = nullptr;
+    const uint4* words = nullptr;   // of this lane, in the unit that is fetched next
+    const uint2* scales = nullptr;  // likewise
     float sums[4] = {0, 0, 0, 0};  // as mma's d: outputs g and g + 8, rows 2t and 2t + 1
 
     // This warp's next unit, where it has one.
@@ -83,15 +81,16 @@ struct Gemv {
     }
 
     // A share of the units; `chunk` of them are staged at a time. Weights are asked for before anybody waits for x.
-    __device__ __forceinline__ void run(int units, int chunk) {
+    __device__ __forceinline__ void run(const uint4* all_words, const uint2* all_scales, int units, int chunk) {
         // Of the 32 rows that load_matrix takes: inputs 8 (lane / 8) on of row lane % 8, or of the last there is.
         const T* row = staged + (OneRow ? 0 : min(lane % 8, rows - 1) * staged_stride) + lane / 8 * 8;
         Fetched ring[kAhead];
         for (int begin = 0; begin < units; begin += chunk) {
             const int count = min(chunk, units - begin);
             int left = (count - warp + kWarps - 1) / kWarps;  // units of this warp
-            words = first_words + static_cast<long long>(begin) * Unit<Bits>::kStride;
-            scales = first_scales + static_cast<long long>(begin) * kGroups * 8;
+            const long long first = static_cast<long long>(blockIdx.x) * units + begin + warp;
+            words = all_words + first * Unit<Bits>::kStride + lane;
+            scales = all_scales + first * kGroups * 8 + lane / 4;
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) fetch(ring[i], i < left);
             if (begin > 0) __syncthreads();  // what was staged before is still read
@@ -108,7 +107,7 @@ struct Gemv {
     }
 
     // The warps' sums, added up in their order.
-    __device__ __forceinline__ void write(float* parts, const T* bias, void* out, int first_output, int outputs) const {
+    __device__ __forceinline__ void write(float* parts, const T* bias, void* out, int outputs) const {
         constexpr int kRows = OneRow ? 1 : kMostRows;
         const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -117,7 +116,7 @@ struct Gemv {
             if (row < kRows) parts[(warp * kRows + row) * kTileOutputs + output] = sums[j];
         }
         __syncthreads();
-        const int row = threadIdx.x / kTileOutputs, output = first_output + threadIdx.x % kTileOutputs;
+        const int row = threadIdx.x / kTileOutputs, output = blockIdx.x * kTileOutputs + threadIdx.x % kTileOutputs;
         if (row >= rows || output >= outputs) return;
         float sum = 0;
         for (int i = 0; i < kWarps; ++i) sum += parts[i * kRows * kTileOutputs + threadIdx.x];
@@ -138,16 +137,13 @@ __device__ __forceinline__ void gemv(const typename Type::One* x, const uint4* w
                                      const typename Type::One* bias, void* out, int rows, int inputs, int outputs,
                                      int x_stride, int chunk, int flags) {
     using This = Gemv<Type, Bits, Group, OneRow>;
-    const int units = (inputs + kUnitInputs - 1) / kUnitInputs, tile = blockIdx.x;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* parts = shared_memory<float>();
     This self{x, inputs, x_stride, flags, OneRow ? 1 : rows,
               reinterpret_cast<typename Type::One*>(parts + kWarps * kTileOutputs * (OneRow ? 1 : kMostRows)),
-              chunk * kUnitInputs + kRowGap, lane, warp, Masks(flags >> kFlags),
-              words + (static_cast<long long>(tile) * units + warp) * Unit<Bits>::kStride + lane,
-              scales + (static_cast<long long>(tile) * units + warp) * This::kGroups * 8 + lane / 4};
-    self.run(units, chunk);
-    self.write(parts, bias, out, tile * kTileOutputs, outputs);
+              chunk * kUnitInputs + kRowGap, lane, warp, Masks(flags >> kFlags)};
+    self.run(words, scales, (inputs + kUnitInputs - 1) / kUnitInputs, chunk);
+    self.write(parts, bias, out, outputs);
 }
 
 }  // namespace
