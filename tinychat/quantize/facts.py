@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from awq.save import Work
+from tinychat.bench import peak_ram
 from tinychat.config import read_json
 from tinychat.quantize.calibration import Data
 from tinychat.quantize.fingerprint import versions
@@ -64,17 +64,6 @@ def for_card(found: Mapping[str, Any]) -> dict[str, Any]:
 def title_of(method: str, bits: int, pseudo: bool = False) -> str:
     """What a quantized model is called in a table: `AWQ 4 bit`."""
     return f"{method.upper()} {bits} bit{', as floats' if pseudo else ''}".strip()
-
-
-def peak_ram() -> int:
-    """The most bytes of memory that this process has had."""
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _calibration(job: Job, data: Data) -> dict[str, Any]:
