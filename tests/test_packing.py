@@ -12,7 +12,7 @@ from same import assert_same
 from torch import nn
 
 from make_tiny_model import make_tiny_model
-from tinychat import cuda_packing, packed_cache, packing, planner
+from tinychat import packed_cache, packing, planner
 from tinychat.errors import UsageError
 from tinychat.layers.embedding import StoredEmbedding
 from tinychat.layers.head import PackedHead
@@ -94,14 +94,6 @@ def test_keys_and_values_are_planned_as_they_are_made(
     assert model.one_call is not None
     assert pool.layers[0][0].dtype == (expected or (torch.float32 if exact else torch.float16))
     assert plan(source, 96, placement).kv == sum(part.nbytes for layer in pool.layers for part in layer)
-
-
-def test_the_cuda_kernels_read_no_int8(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cuda_packing, "applies", lambda source, placement: True)
-    with pytest.raises(
-        UsageError, match="the CUDA kernels keep keys and values in floats; leave --kv-cache-dtype int8"
-    ):
-        plan(open_source(folder), 96, Placement(device="cpu", kv_cache_dtype="int8"))
 
 
 def test_the_plan_counts_keys_and_values_without_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -181,7 +181,7 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
         prepare_tower(model, placement)
     if placement.dequantize:
         dequantize(model, dtype)
-    model.kv_dtype = _kv_dtype(placement, dtype, packing, for_cuda)
+    model.kv_dtype = _kv_dtype(placement, dtype, packing)
     model.eval()
     return dispatched(model, device_map) if device_map else model
 
@@ -200,7 +200,7 @@ def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK)
         where if placement.device_map is None else default_device(),
         quantized=source.spec is not None and not placement.dequantize and packing is None,
         chunk=chunk,
-        kv_dtype=_kv_dtype(placement, kind, packing, cuda_packing.applies(source, placement)),
+        kv_dtype=_kv_dtype(placement, kind, packing),
     )
     free = None if placement.device_map is None else room(placement.device_map, placement.max_memory)
     return planner.check(need, context, free)
@@ -304,11 +304,9 @@ def _dtype_of(source: Source, placement: Placement, packing: Packing | None) -> 
     return choose_dtype(source, placement.dtype, placement.main_device, other)
 
 
-def _kv_dtype(placement: Placement, dtype: torch.dtype, packing: Packing | None, for_cuda: bool) -> torch.dtype:
-    """What keys and values are kept as. Raises UsageError for what the kernels cannot read."""
+def _kv_dtype(placement: Placement, dtype: torch.dtype, packing: Packing | None) -> torch.dtype:
+    """What keys and values are kept as."""
     if placement.kv_cache_dtype == "int8":
-        if for_cuda:
-            raise UsageError("the CUDA kernels keep keys and values in floats", "leave --kv-cache-dtype int8 out")
         return torch.int8
     rounds = packing is not None and not packing.exact
     halved = placement.kv_cache_dtype == "auto" and rounds and dtype == torch.float32

@@ -163,10 +163,10 @@ def launch_linear(
         parts = x.new_empty(cuda_linear.gemm_parts(packed, rows, processors), dtype=torch.float32)
         cuda_linear.gemm(launch, x, packed, bias, out, parts if parts.numel() else None)
     else:
-        _multiply(launch, x, packed, bias, out)
+        multiply_decoded(launch, x, packed, bias, out)
 
 
-def _multiply(launch: Launch, x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor) -> None:
+def multiply_decoded(launch: Launch, x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor) -> None:
     """By torch, with weights that are dequantized a slice of outputs at a time."""
     for at, part in _slices(packed, max(1, SLICE_BYTES // (2 * packed.inputs * cuda_layout.TILE))):
         weight = x.new_empty(part.outputs, packed.inputs)

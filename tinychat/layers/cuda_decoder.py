@@ -124,8 +124,11 @@ class CudaDecoder:
             step.inputs.copy_(inputs, non_blocking=True)
 
     def _open(self, pool: KVPool) -> None:
-        """Graphs hold the addresses of one pool: another one begins anew."""
+        """Graphs hold the addresses of one pool: another one begins anew. Raises KernelError for an unknown dtype."""
         if self._pool is None or self._pool() is not pool:
+            held, own = pool.layers[0][0].dtype, self.kernel.weights.embeddings.dtype
+            if held not in (own, torch.int8):
+                raise KernelError(f"the cache holds {held}, the CUDA kernels read {own} and int8 beside such weights")
             self._steps.clear()
             self._pool = weakref.ref(pool)
             self._tables = self._angles(pool.capacity)
@@ -184,7 +187,7 @@ class CudaDecoder:
         def attend(qkv: Tensor, cached: Cached, heads: Heads, out: Tensor) -> None:
             shape = (len(cache), count, heads.queries, heads.dim)
             q = qkv[:, : heads.queries * heads.dim].reshape(shape).transpose(1, 2)
-            k, v = (part[rows, :, :length] for part in (cached.keys, cached.values))
+            k, v = _floats(cached, rows, length, q.dtype)
             window = heads.window if 0 < heads.window < length else 0
             if window == 0 and count == length:
                 found = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -197,6 +200,16 @@ class CudaDecoder:
             out.view(shape).copy_(found.transpose(1, 2))
 
         return attend
+
+
+def _floats(cached: Cached, rows: slice | list[int], length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hkv, length, D]`; those of int8 times their scales."""
+    keys, values = cached.keys[rows, :, :length], cached.values[rows, :, :length]
+    if cached.key_scales is None or cached.value_scales is None:
+        return keys, values
+    scales = (part[rows, :, :length, None] for part in (cached.key_scales, cached.value_scales))
+    k, v = ((part * scale).to(dtype) for part, scale in zip((keys, values), scales, strict=True))
+    return k, v
 
 
 def _places(cache: KVCache, starts: Sequence[int], count: int) -> Tensor:
