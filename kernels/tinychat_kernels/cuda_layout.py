@@ -2,7 +2,8 @@
 
 A tile is 512 bytes, 16 for each of 32 lanes: just what the lane feeds to four products of 16 inputs (csrc/cuda/
 w4_tiles.cuh has the figure). Two tiles are a unit of 128 inputs; an 8-bit weight q lies in two planes of a unit,
-q = 16 (high - 8) + low. A group's scale and zero point share an int32, the scale's 16 bits below.
+q = 16 (high - 8) + low. A group's scale and zero point share a word: the scale as fp32, whose lowest 8 bits it does not
+need and which hold the zero point.
 
 Outputs are padded to a multiple of 16 and inputs to one of 128, with weights that are exactly zero. What is packed is
 unpacked exactly; what the layout cannot hold is refused.
@@ -25,14 +26,14 @@ LANES, WORDS = 32, 4  # of a tile
 MIDDLE = 128  # added to an 8-bit weight before it is cut into planes
 HIGH_ZERO = 8  # what is taken off its upper half
 SLICE = 2048  # outputs packed at a time, which bounds the memory that packing takes
-SCALES = (torch.float16, torch.bfloat16)
+ZERO_BITS = 0xFF  # of a scale's word
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Weights in tiles: words int32 `[N/16, K/128, planes, 2, 32, 4]`, scales int32 `[N/16, K/G, 8, 2]`.
 
-    `inputs` and `outputs` are the linear's own; the tensors hold them padded. `scale` is the scales' dtype.
+    `inputs` and `outputs` are the linear's own; the tensors hold them padded. `scale` is the dtype that scales had.
     """
 
     words: Tensor
@@ -58,7 +59,7 @@ def pack(logical: Logical, spec: QuantSpec) -> Packed:
     inputs, outputs = logical.q.shape
     spec.group(inputs)
     check_values(logical, spec)
-    made = _empty(inputs, outputs, 4, spec.group_size, scale_dtype(logical.scale), logical.q.device)
+    made = _empty(inputs, outputs, 4, spec.group_size, logical.scale.dtype, logical.q.device)
     for start in range(0, outputs, SLICE):
         part = slice(start, start + SLICE)
         tiles = slice(start // TILE, (start + SLICE) // TILE)
@@ -86,7 +87,7 @@ def pack_int8(weight: Tensor, scales: Tensor) -> Packed:
     size = PER_ROW if groups == 1 else inputs // groups
     if size not in (*GROUP_SIZES, PER_ROW) or (groups > 1 and size * groups != inputs):
         raise LayoutError(f"{groups} groups for {inputs} inputs: groups of 32, 64 or 128 inputs, or one, are supported")
-    made = _empty(inputs, outputs, 8, size, scale_dtype(scales), weight.device)
+    made = _empty(inputs, outputs, 8, size, scales.dtype, weight.device)
     for start in range(0, outputs, SLICE):
         tiles = slice(start // TILE, (start + SLICE) // TILE)
         q = (weight[start : start + SLICE].T.to(torch.int16) + MIDDLE).to(torch.uint8)
@@ -105,16 +106,6 @@ def unpack_int8(packed: Packed) -> tuple[Tensor, Tensor]:
     q = (high.to(torch.int16) * 16 + low - MIDDLE).to(torch.int8)
     scale, _ = _read_scales(packed, -(-packed.inputs // packed.group))
     return q.T[: packed.outputs, : packed.inputs].contiguous(), scale.T.contiguous()
-
-
-def scale_dtype(scale: Tensor) -> torch.dtype:
-    """The 16-bit type that holds these scales exactly. Raises LayoutError where none does."""
-    if scale.dtype in SCALES:
-        return scale.dtype
-    for dtype in SCALES:
-        if torch.equal(scale.to(dtype).to(scale.dtype), scale):
-            return dtype
-    raise LayoutError(f"the scales are {scale.dtype} and no type of 16 bits holds them exactly: round them first")
 
 
 def _empty(inputs: int, outputs: int, bits: int, group_size: int, scale: torch.dtype, device: torch.device) -> Packed:
@@ -155,8 +146,12 @@ def _nibbles(words: Tensor) -> Tensor:
 def _scales(scale: Tensor, zero: Tensor, into: Packed) -> Tensor:
     """`[groups, n]` of each -> int32 `[n/16, K/G, 8, 2]`; one group a row is repeated, missing ones are zero."""
     groups = into.scales.shape[1]
-    bits = scale.to(into.scale).contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-    both = bits | (zero.to(torch.int32) << 16)
+    bits = scale.float().contiguous().view(torch.int32)
+    if (bits & ZERO_BITS).any():
+        raise LayoutError(
+            f"the scales are {scale.dtype} and need all of its bits: round them to float16 or bfloat16 first"
+        )
+    both = bits | zero.to(torch.int32)
     if len(both) == 1:
         both = both.expand(groups, -1)
     whole = pad(both, (0, -both.shape[1] % TILE, 0, groups - len(both)))
@@ -165,5 +160,5 @@ def _scales(scale: Tensor, zero: Tensor, into: Packed) -> Tensor:
 
 def _read_scales(packed: Packed, groups: int) -> tuple[Tensor, Tensor]:
     """Scales and zero points `[groups, N]`."""
-    both = packed.scales.permute(1, 0, 3, 2).reshape(packed.scales.shape[1], -1)[:groups, : packed.outputs]
-    return both.contiguous().to(torch.int16).view(packed.scale), (both >> 16).to(torch.uint8)
+    both = packed.scales.permute(1, 0, 3, 2).reshape(packed.scales.shape[1], -1)[:groups, : packed.outputs].contiguous()
+    return (both & ~ZERO_BITS).view(torch.float32).to(packed.scale), (both & ZERO_BITS).to(torch.uint8)

@@ -67,7 +67,7 @@ def gemv(launch: Launch, x: Tensor, packed: Packed, bias: Tensor | None, out: Te
 
     Rows of x lie any multiple of 8 values apart. What a row gives depends on that row alone. A block has 16 outputs.
     w{4,8}_gemv_{t}_g{G}_m{1,8}(const T* x, const uint4* words, const uint2* scales, const T* bias, void* out,
-                                int rows, int inputs, int outputs, int x_stride, int chunk, int flags)
+                                int rows, int inputs, int outputs, int x_stride, int chunk, int wide)
     """
     rows = len(x)
     if not 1 <= rows <= GEMV_ROWS:
@@ -79,7 +79,7 @@ def gemv(launch: Launch, x: Tensor, packed: Packed, bias: Tensor | None, out: Te
         "w4_gemv", entry, (packed.words.shape[0], 1, 1), WARP * GEMV_WARPS,
         _gemv_sums(rows) + 2 * rows * (chunk * UNIT + ROW_GAP),
         x, packed.words, packed.scales, bias, out, rows, packed.inputs, packed.outputs, x.stride(0), chunk,
-        _flags(packed) + 2 * (out.dtype == torch.float32),
+        int(out.dtype == torch.float32),
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def gemm(
     Without parts the inputs are not split, which leaves processors idle where rows and outputs are few.
 
     w4_gemm_{t}_g{G}_r{rows}(const T* x, const uint4* words, const uint2* scales, const T* bias, T* out, float* parts,
-                             int rows, int inputs, int outputs, int x_stride, int flags); grid: rows, outputs, splits
+                             int rows, int inputs, int outputs, int x_stride); grid: rows, outputs, splits
     w4_reduce_{t}_g{G}(const float* parts, const T* bias, T* out, int rows, int outputs, int splits), after splits
     """
     _check(x, packed, out)
@@ -136,7 +136,7 @@ def gemm(
     launch(
         "w4_gemm", f"w4_gemm_{kind}_r{block.rows}", (-(-rows // block.rows), columns, splits), block.threads,
         block.shared(packed.group), x, packed.words, packed.scales, bias, out, parts, rows, packed.inputs,
-        packed.outputs, x.stride(0), _flags(packed),
+        packed.outputs, x.stride(0),
     )  # fmt: skip
     if splits > 1:
         blocks = -(-packed.outputs // (4 * REDUCE_THREADS))
@@ -149,7 +149,7 @@ def gemm(
 def dequantize(launch: Launch, packed: Packed, out: Tensor) -> None:
     """The weight `[N, K]` that packed ones stand for, in f16 or bf16. A warp for 16 outputs of 128 inputs.
 
-    w{4,8}_dequantize_{t}_g{G}(const uint4* words, const uint2* scales, T* out, int inputs, int outputs, int flags)
+    w{4,8}_dequantize_{t}_g{G}(const uint4* words, const uint2* scales, T* out, int inputs, int outputs)
     """
     if tuple(out.shape) != (packed.outputs, packed.inputs) or not out.is_contiguous() or packed.inputs % 8:
         raise KernelError(f"out is {list(out.shape)}, the weights are {packed.outputs}x{packed.inputs}")
@@ -157,12 +157,8 @@ def dequantize(launch: Launch, packed: Packed, out: Tensor) -> None:
         "w4_gemm", f"w{packed.bits}_dequantize_{_of(packed, out)}",
         (-(-packed.units // DEQUANTIZE_WARPS), packed.words.shape[0], 1), WARP * DEQUANTIZE_WARPS,
         2 * DEQUANTIZE_WARPS * TILE * (UNIT + ROW_GAP), packed.words, packed.scales, out, packed.inputs,
-        packed.outputs, _flags(packed),
+        packed.outputs,
     )  # fmt: skip
-
-
-def _flags(packed: Packed) -> int:
-    return int(packed.scale == torch.bfloat16)
 
 
 def _of(packed: Packed, x: Tensor) -> str:

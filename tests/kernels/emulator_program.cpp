@@ -37,14 +37,14 @@ int main() {
     std::vector<uint4> words(kOutputTiles * kUnits * 64);
     for (uint4& four : words) four = {random.next(), random.next(), random.next(), random.next()};
     std::vector<uint2> scales(kOutputTiles * kUnits * 4 * 8);
-    for (uint2& two : scales) two = {random.next() & 0x000f07ffu | 0x2000u, random.next() & 0x000f07ffu | 0x2000u};
+    for (uint2& two : scales) two = {random.next() & 0x003fe00fu | 0x3c000000u, random.next() & 0x003fe00fu | 0x3c000000u};
     std::vector<__half> x(kRows * kInputs);
     for (__half& value : x) value = __float2half(static_cast<float>(random.next() % 2001) / 1000.0f - 1.0f);
     std::vector<float> out(kRows * kOutputs);
     const unsigned grid[3] = {kOutputTiles, 1, 1}, block[3] = {256, 1, 1};
     const unsigned shared = 8 * 16 * 8 * 4 + 2 * kRows * (kInputs + 8);
     const uint64_t arguments[] = {address(x.data()), address(words.data()), address(scales.data()), 0, address(out.data()),
-                                  kRows, kInputs, kOutputs, kInputs, kUnits, kOutIsFloat};
+                                  kRows, kInputs, kOutputs, kInputs, kUnits, 1};
     for (int mode = 0; mode < 8; ++mode) {
         char message[256] = "";
         out.assign(out.size(), 0);
@@ -53,7 +53,7 @@ int main() {
         std::printf("%d %016" PRIx64 " %s\n", failed, digest(out), message);
     }
     const uint64_t wrong[] = {0, address(words.data()), address(scales.data()), 0, address(out.data()), kRows, kInputs,
-                              kOutputs, kInputs, kUnits, kOutIsFloat};
+                              kOutputs, kInputs, kUnits, 1};
     char message[256] = "";
     const int failed = emu_launch(reinterpret_cast<void*>(w4_gemv_f16_g32_m8), grid, block, shared, 0, 1, 1, "iiiiiiiiiii",
                                   wrong, message, sizeof message);

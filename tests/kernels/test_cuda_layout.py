@@ -69,8 +69,8 @@ def test_every_nibble_lies_where_the_figure_says():
     for group in range(5):
         for n in range(40):
             word = int(packed.scales[n // 16, group, n % 8, n % 16 // 8])
-            assert word >> 16 == given_.zero[group, n]
-            assert word & 0xFFFF == int(given_.scale[group, n].view(torch.int16)) & 0xFFFF
+            assert word & 0xFF == given_.zero[group, n]
+            assert word - (word & 0xFF) == int(given_.scale[group, n].float().view(torch.int32))
 
 
 def test_8_bits_are_two_planes():
@@ -101,15 +101,21 @@ def test_more_outputs_than_are_packed_at_a_time():
     assert torch.equal(unpack_int8(pack_int8(q, torch.ones(4103, 1).half()))[0], q)
 
 
-def test_wide_scales_are_held_where_16_bits_hold_them():
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(2.0**100, torch.bfloat16), (2.0**-140, torch.bfloat16), (-0.3, torch.bfloat16), (6e-8, torch.float16)],
+)
+def test_wide_scales_are_held_where_they_leave_room(scale: float, dtype: torch.dtype):
     spec = QuantSpec(group_size=32)
-    given_ = logical(32, 8, spec)
-    halves = pack(given_._replace(scale=given_.scale.float()), spec)
-    large = pack(given_._replace(scale=torch.full((1, 8), 2.0**100)), spec)
-    assert (halves.scale, large.scale) == (torch.float16, torch.bfloat16)
-    assert torch.equal(unpack(halves, spec).scale, given_.scale)
-    with pytest.raises(LayoutError, match="no type of 16 bits holds them exactly: round them first"):
-        pack(given_._replace(scale=torch.full((1, 8), 1 + 2.0**-20)), spec)
+    given_ = logical(32, 8, spec)._replace(scale=torch.full((1, 8), scale).to(dtype).float())
+    assert all(map(torch.equal, given_, unpack(pack(given_, spec), spec)))
+
+
+def test_scales_that_leave_no_room_are_refused():
+    spec = QuantSpec(group_size=32)
+    given_ = logical(32, 8, spec)._replace(scale=torch.full((1, 8), 1 + 2.0**-20))
+    with pytest.raises(LayoutError, match="need all of its bits: round them to float16 or bfloat16 first"):
+        pack(given_, spec)
 
 
 def test_what_does_not_fit_is_refused():

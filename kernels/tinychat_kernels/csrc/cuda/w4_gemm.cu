@@ -23,7 +23,7 @@ struct Product {
     const typename Type::One* x;  // [rows, inputs], rows x_stride apart
     const uint4* words;
     const uint2* scales;
-    int rows, inputs, outputs, x_stride, flags;
+    int rows, inputs, outputs, x_stride;
     int units, tiles;  // that the inputs and the outputs fill
 };
 
@@ -130,7 +130,7 @@ struct Gemm {
                 const int of_stage = Group < kInputs ? slice * kDepth / Group + group : 0;
                 const uint2 both = stage.scales[column_warp * kTiles + i][of_stage][lane / 4];
                 zeros[i] = Nibbles<Type>::zeros(both.x, both.y);
-                const float first = scale_of(both.x, of.flags), second = scale_of(both.y, of.flags);
+                const float first = scale_of(both.x), second = scale_of(both.y);
                 scale[i][0] = Type::from_floats(first, first);
                 scale[i][1] = Type::from_floats(second, second);
             }
@@ -238,12 +238,12 @@ __device__ __forceinline__ void store_pair(typename Type::One* out, const typena
 template <class Type, int Group, int Rows, int RowWarps, int Slices>
 __device__ __forceinline__ void gemm(const typename Type::One* x, const uint4* words, const uint2* scales,
                                      const typename Type::One* bias, typename Type::One* out, float* parts, int rows,
-                                     int inputs, int outputs, int x_stride, int flags) {
+                                     int inputs, int outputs, int x_stride) {
     using This = Gemm<Type, Group, Rows, RowWarps, Slices>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int units = (inputs + kUnitInputs - 1) / kUnitInputs, tiles = (outputs + kTileOutputs - 1) / kTileOutputs;
-    const Product<Type> of{x, words, scales, rows, inputs, outputs, x_stride, flags, units, tiles};
-    This self{of, Masks(flags >> kFlags), static_cast<int>(blockIdx.x) * Rows,
+    const Product<Type> of{x, words, scales, rows, inputs, outputs, x_stride, units, tiles};
+    This self{of, Masks(inputs), static_cast<int>(blockIdx.x) * Rows,
               static_cast<int>(blockIdx.y) * kColumnTiles, lane, warp / (4 * RowWarps), warp / 4 % RowWarps, warp % 4};
     const int steps = 2 * units / Slices, splits = gridDim.z, split = blockIdx.z;
     typename This::Stage* stages = shared_memory<typename This::Stage>();
@@ -285,7 +285,7 @@ constexpr int kDequantizeWarps = 4;
 // Packed weights -> [outputs, inputs] for another's product. A warp has a unit; its rows become whole in shared memory.
 template <class Type, int Bits, int Group>
 __device__ __forceinline__ void dequantize(const uint4* words, const uint2* scales, typename Type::One* out, int inputs,
-                                           int outputs, int flags) {
+                                           int outputs) {
     using Two = typename Type::Two;
     constexpr int kStride = kUnitInputs + 8, kGroups = kUnitInputs / Group, kSteps = Group / 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -296,11 +296,11 @@ __device__ __forceinline__ void dequantize(const uint4* words, const uint2* scal
     typename Type::One* own = shared_memory<typename Type::One>() + warp * kTileOutputs * kStride;
     Unit<Bits> unit;
     unit.load(words + unit_at * Unit<Bits>::kStride + lane, true);
-    const Masks masks(flags >> kFlags);
+    const Masks masks(inputs);
 #pragma unroll
     for (int step = 0; step < kUnitInputs / 16; ++step) {
         const uint2 both = scales[(unit_at * kGroups + step / kSteps) * 8 + g];
-        const float scale[2] = {scale_of(both.x, flags), scale_of(both.y, flags)};
+        const float scale[2] = {scale_of(both.x), scale_of(both.y)};
         u32 pairs[4];
         decode<Type, Bits>(unit, step, Nibbles<Type>::zeros(both.x, both.y), masks, pairs);
 #pragma unroll
@@ -323,16 +323,17 @@ __device__ __forceinline__ void dequantize(const uint4* words, const uint2* scal
 }  // namespace
 
 #define GEMM(name, Type, group, rows, row_warps, slices)                                                            \
-    extern "C" __global__ void __launch_bounds__(128 * row_warps * slices, rows == 128 ? kBlocksOf128 : 2) w4_gemm_##name##_g##group##_r##rows(  \
-        const Type::One* x, const uint4* words, const uint2* scales, const Type::One* bias, Type::One* out,         \
-        float* parts, int row_count, int inputs, int outputs, int x_stride, int flags) {                            \
+    extern "C" __global__ void __launch_bounds__(128 * row_warps * slices, rows == 128 ? kBlocksOf128 : 2)          \
+        w4_gemm_##name##_g##group##_r##rows(const Type::One* x, const uint4* words, const uint2* scales,            \
+                                            const Type::One* bias, Type::One* out, float* parts, int row_count,     \
+                                            int inputs, int outputs, int x_stride) {                                \
         gemm<Type, group, rows, row_warps, slices>(x, words, scales, bias, out, parts, row_count, inputs, outputs,  \
-                                                   x_stride, flags);                                                \
+                                                   x_stride);                                                       \
     }
 #define DEQUANTIZE(bits, name, Type, group)                                                                         \
     extern "C" __global__ void __launch_bounds__(32 * kDequantizeWarps) w##bits##_dequantize_##name##_g##group(     \
-        const uint4* words, const uint2* scales, Type::One* out, int inputs, int outputs, int flags) {              \
-        dequantize<Type, bits, group>(words, scales, out, inputs, outputs, flags);                                  \
+        const uint4* words, const uint2* scales, Type::One* out, int inputs, int outputs) {                         \
+        dequantize<Type, bits, group>(words, scales, out, inputs, outputs);                                         \
     }
 #define ENTRIES(name, Type, group)                                                                                  \
     GEMM(name, Type, group, 16, 1, 2)                                                                               \

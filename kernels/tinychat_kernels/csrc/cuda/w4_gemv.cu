@@ -22,7 +22,7 @@ struct Gemv {
     };
 
     const T* x;
-    int inputs, x_stride, flags, rows;
+    int inputs, x_stride, rows;
     T* staged;
     int staged_stride, lane, warp;
     Masks masks;
@@ -71,7 +71,7 @@ struct Gemv {
                     mma<Type>(d, a, b, d);
                 }
             }
-            const float first = scale_of(scale.x, flags), second = scale_of(scale.y, flags);
+            const float first = scale_of(scale.x), second = scale_of(scale.y);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (OneRow && j % 2 == 1) continue;
@@ -107,7 +107,7 @@ struct Gemv {
     }
 
     // The warps' sums, added up in their order.
-    __device__ __forceinline__ void write(float* parts, const T* bias, void* out, int outputs) const {
+    __device__ __forceinline__ void write(float* parts, const T* bias, void* out, int outputs, bool wide) const {
         constexpr int kRows = OneRow ? 1 : kMostRows;
         const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -122,7 +122,7 @@ struct Gemv {
         for (int i = 0; i < kWarps; ++i) sum += parts[i * kRows * kTileOutputs + threadIdx.x];
         if (bias != nullptr) sum += Type::to_float(bias[output]);
         const long long at = static_cast<long long>(row) * outputs + output;
-        if (flags & kOutIsFloat) {
+        if (wide) {
             static_cast<float*>(out)[at] = sum;
         } else {
             static_cast<T*>(out)[at] = Type::from_float(sum);
@@ -130,20 +130,20 @@ struct Gemv {
     }
 };
 
-// x [rows, inputs], rows x_stride apart; weights and scales as packed; bias [outputs] or null; out [rows, outputs].
-// Shared memory: `chunk` units of x, and the warps' sums.
+// x [rows, inputs], rows x_stride apart; weights and scales as packed; bias [outputs] or null; out [rows, outputs], of
+// floats where wide. Shared memory: `chunk` units of x, and the warps' sums.
 template <class Type, int Bits, int Group, bool OneRow>
 __device__ __forceinline__ void gemv(const typename Type::One* x, const uint4* words, const uint2* scales,
                                      const typename Type::One* bias, void* out, int rows, int inputs, int outputs,
-                                     int x_stride, int chunk, int flags) {
+                                     int x_stride, int chunk, int wide) {
     using This = Gemv<Type, Bits, Group, OneRow>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* parts = shared_memory<float>();
-    This self{x, inputs, x_stride, flags, OneRow ? 1 : rows,
+    This self{x, inputs, x_stride, OneRow ? 1 : rows,
               reinterpret_cast<typename Type::One*>(parts + kWarps * kTileOutputs * (OneRow ? 1 : kMostRows)),
-              chunk * kUnitInputs + kRowGap, lane, warp, Masks(flags >> kFlags)};
+              chunk * kUnitInputs + kRowGap, lane, warp, Masks(inputs)};
     self.run(words, scales, (inputs + kUnitInputs - 1) / kUnitInputs, chunk);
-    self.write(parts, bias, out, outputs);
+    self.write(parts, bias, out, outputs, wide);
 }
 
 }  // namespace
@@ -151,9 +151,9 @@ __device__ __forceinline__ void gemv(const typename Type::One* x, const uint4* w
 #define ENTRY(bits, name, Type, group, rows)                                                                        \
     extern "C" __global__ void __launch_bounds__(kThreads) w##bits##_gemv_##name##_g##group##_m##rows(              \
         const Type::One* x, const uint4* words, const uint2* scales, const Type::One* bias, void* out,              \
-        int row_count, int inputs, int outputs, int x_stride, int chunk, int flags) {                               \
+        int row_count, int inputs, int outputs, int x_stride, int chunk, int wide) {                                \
         gemv<Type, bits, group, rows == 1>(x, words, scales, bias, out, row_count, inputs, outputs, x_stride,       \
-                                           chunk, flags);                                                           \
+                                           chunk, wide);                                                            \
     }
 #define ENTRIES(name, Type, group) \
     ENTRY(4, name, Type, group, 1) \

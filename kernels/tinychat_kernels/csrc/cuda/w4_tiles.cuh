@@ -4,14 +4,14 @@
 // inputs 16s + 2t, +1, +8, +9 of outputs g and g + 8: just the fragment that mma takes as 16 rows of a, and as two times
 // 8 columns of b. Pair p of a word is the fragment's word p: output g + 8 (p & 1), inputs 16s + 2t + 8 (p >> 1) and the
 // next; its two nibbles lie at bits 4p and 4p + 16. Two tiles (128 inputs) are a unit. 8-bit weights have two planes a
-// unit: q = 16 (high - 8) + low. A group's scale (16 bits) and zero point lie in one word; outputs g and g + 8 together.
+// unit: q = 16 (high - 8) + low. A group's scale is a float whose lowest 8 bits are its zero point; those of outputs g and
+// g + 8 lie together.
 #pragma once
 
 #include "device.cuh"
 
 constexpr int kTileOutputs = 16;
 constexpr int kUnitInputs = 128;
-constexpr int kScalesAreBf16 = 1, kOutIsFloat = 2, kFlags = 2;  // of a launch, and how many there are
 
 // The word of a tile's four that holds inputs 16 step to 16 step + 15.
 __device__ __forceinline__ u32 word_of(const uint4& four, int step) {
@@ -48,13 +48,16 @@ struct Zeros {
 };
 
 // Which bits of a word are taken at a time. A constant the compiler would write into a register before each use, so these
-// come from a value that it does not know, and which is 0.
+// come from a value that it does not know: the upper bits of the number of inputs, which are 0.
 struct Masks {
     u32 low, high;
-    __device__ __forceinline__ explicit Masks(int zero) : low(0x000f000fu + zero), high(0x00f000f0u + zero) {}
+    __device__ __forceinline__ explicit Masks(int inputs)
+        : low(0x000f000fu + (inputs >> 30)), high(0x00f000f0u + (inputs >> 30)) {}
 };
 
-__device__ __forceinline__ u32 upper_twice(u32 word) { return __byte_perm(word, 0, 0x3232); }
+// The zero point in a scale's word, in both halves of one.
+__device__ __forceinline__ u32 zero_twice(u32 scale) { return __byte_perm(scale, 0, 0x4040); }
+__device__ __forceinline__ float scale_of(u32 scale) { return __uint_as_float(scale & 0xffffff00u); }
 
 // The nibbles of a word less their zero point, exactly, as four words of two numbers.
 template <class Type>
@@ -65,7 +68,7 @@ struct Nibbles<F16> {  // 0x6400 | q is 1024 + q; with q four bits higher, 1024 
     static constexpr u32 kMagic = 0x64006400u, kSixteenth = 0x2c002c00u;
 
     __device__ static __forceinline__ Zeros zeros(u32 first, u32 second) {  // -(1024 + z) and -(64 + z)
-        return {upper_twice(first) | 0xe400e400u, upper_twice(second) << 4 | 0xd400d400u};
+        return {zero_twice(first) | 0xe400e400u, zero_twice(second) << 4 | 0xd400d400u};
     }
     __device__ static __forceinline__ void decode(u32 word, const Zeros& zeros, const Masks& masks,
                                                   u32 (&out)[4]) {
@@ -85,7 +88,7 @@ struct Nibbles<BF16> {  // 0x4300 | q is 128 + q; there is no room for a q four 
     static constexpr u32 kMagic = 0x43004300u;
 
     __device__ static __forceinline__ Zeros zeros(u32 first, u32 second) {  // -(128 + z)
-        return {upper_twice(first) | 0xc300c300u, upper_twice(second) | 0xc300c300u};
+        return {zero_twice(first) | 0xc300c300u, zero_twice(second) | 0xc300c300u};
     }
     __device__ static __forceinline__ void decode(u32 word, const Zeros& zeros, const Masks& masks,
                                                   u32 (&out)[4]) {
@@ -105,17 +108,11 @@ __device__ __forceinline__ void decode(const Unit<Bits>& unit, int step, const Z
     if (Bits == 4) return Nibbles<Type>::decode(unit.word(0, step), zeros, masks, out);
     using Two = typename Type::Two;
     u32 high[4], low[4];
-    Nibbles<Type>::decode(unit.word(0, step), Nibbles<Type>::zeros(8u << 16, 8u << 16), masks, high);
+    Nibbles<Type>::decode(unit.word(0, step), Nibbles<Type>::zeros(8, 8), masks, high);
     Nibbles<Type>::decode(unit.word(Bits / 4 - 1, step), Nibbles<Type>::zeros(0, 0), masks, low);
     const Two sixteen = Type::from_floats(16.0f, 16.0f);
 #pragma unroll
     for (int p = 0; p < 4; ++p) out[p] = bits_of(__hfma2(bit_cast<Two>(high[p]), sixteen, bit_cast<Two>(low[p])));
-}
-
-// The scale in the lower half of a word.
-__device__ __forceinline__ float scale_of(u32 word, int flags) {
-    if (flags & kScalesAreBf16) return __uint_as_float(word << 16);
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu)));
 }
 
 // The entries of a unit, made by DO(name, Type, group) for every type and group, or for those alone that a compilation
