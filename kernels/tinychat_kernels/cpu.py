@@ -115,11 +115,11 @@ def declare(loaded: ctypes.CDLL, signatures: Signatures) -> None:
 
 def cache_folder() -> Path:
     """Where kernels are compiled to: below TINYCHAT_CACHE, or the platform's place for caches."""
+    if chosen := os.environ.get("TINYCHAT_CACHE"):
+        return Path(chosen).expanduser() / "kernels"
     import platformdirs
 
-    chosen = os.environ.get("TINYCHAT_CACHE")
-    root = Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("tinychat", appauthor=False))
-    return root / "kernels"
+    return Path(platformdirs.user_cache_dir("tinychat", appauthor=False)) / "kernels"
 
 
 def isa() -> str:
