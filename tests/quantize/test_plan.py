@@ -13,8 +13,10 @@ import pytest
 from quantize_runs import begun, job, made, model
 
 from tinychat.errors import CapacityError
-from tinychat.quantize import plan
+from tinychat.flags import parse_size
+from tinychat.quantize import plan, room
 from tinychat.quantize.card_plan import LAYERS
+from tinychat.quantize.job import Calibration
 from tinychat.quantize.plan import size as size_of
 from tinychat.quantize.run import Run
 
@@ -28,6 +30,29 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(models, 
         with pytest.raises(CapacityError, match=sentence):
             made(job(source, tmp_path / "out", **limit))
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_remedy_is_what_would_help(models, tmp_path):
+    made = Run(job(model(models), tmp_path / "out")).plan
+    needed, least = made.peak_ram, made.peak_ram - 2**20
+    enough = plan.enough(needed)
+    replace(made, ram_limit=parse_size("--max-ram", enough)).check(tmp_path)
+    for limit, ending in ((needed - 1, ", or give a shorter --calib-seqlen"), (least - 1, "")):
+        with pytest.raises(CapacityError) as found:
+            replace(made, least_ram=least, ram_limit=limit).check(tmp_path)
+        assert str(found.value).endswith(f"; allow {enough} with --max-ram, or free memory{ending}")
+
+
+@pytest.mark.parametrize("layout", ["text", "vila"])
+def test_the_least_is_below_any_calibration(models, tmp_path, layout):
+    runs = [
+        Run(job(model(models, layout), tmp_path / "out", calibration=Calibration(samples=3, seqlen=n)))
+        for n in (500, 1000)
+    ]
+    least, other = (room.least_bytes(run.job, run.source, run.data) for run in runs)
+    needed = [room.block_bytes(run.job, run.source, max(run.data.lengths)) for run in runs]
+    assert least == other and needed[0] < needed[1]
+    assert room.block_bytes(runs[0].job, runs[0].source, 1) <= least
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "device"])
