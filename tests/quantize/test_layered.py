@@ -63,7 +63,7 @@ def test_the_figures_are_those_of_whole_models(tmp_path: Path, layout: str, held
     made = layered(base, packed, plan, tmp_path)
     card, steps = drained(made)
     assert [step.done for step in steps] == [1, 2, 3, 4] and {step.total for step in steps} == {4}
-    assert not (tmp_path / "states").exists() and card.left_out == ("why",)
+    assert card.left_out == ("why",)
 
     original, rounded, quantized = engine(base), engine(base), engine(packed)
     round_to_nearest(rounded.model, SPEC)  # type: ignore[arg-type]
@@ -78,6 +78,37 @@ def test_the_figures_are_those_of_whole_models(tmp_path: Path, layout: str, held
     for name in ("nearest", "quantized"):
         same_as(card, name, original, read[name], made)
     assert card.columns["quantized"].layers[0].weights is not None and not card.columns["base"].layers
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_one_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    base = make_tiny_model(tmp_path / "base", "text", dtype="float16")
+    packed = make_tiny_model(tmp_path / "packed", "text", dtype="float16", quantize=64)
+    plan = CardPlan("plain", samples=2, seqlen=64)
+    whole, _ = drained(layered(base, packed, plan, tmp_path / "whole"))
+
+    making = layered(base, packed, plan, tmp_path).making(CPU, {"method": "awq"}, ("why",))
+    for _ in range(steps):
+        next(making)
+    making.close()
+    (tmp_path / "states" / f"quantized-{steps}").mkdir()  # begun, and not to be counted on
+    done = list[int]()
+    run = Layered._layer
+    monkeypatch.setattr(Layered, "_layer", lambda self, i, last: (done.append(i), run(self, i, last)))
+    card, _ = drained(layered(base, packed, plan, tmp_path))
+    assert card == whole
+    assert done == list(range(steps - 1, 2))
+
+
+def test_what_was_found_of_another_plan_is_not_used(tmp_path: Path) -> None:
+    base = make_tiny_model(tmp_path / "base", "text", dtype="float16")
+    packed = make_tiny_model(tmp_path / "packed", "text", dtype="float16", quantize=64)
+    other = layered(base, packed, CardPlan("plain", samples=1, seqlen=32), tmp_path)
+    assert len(drained(other)[1]) == 4
+    plan = CardPlan("plain", samples=2, seqlen=64)
+    card, steps = drained(layered(base, packed, plan, tmp_path))
+    assert len(steps) == 4
+    assert card == drained(layered(base, packed, plan, tmp_path / "new"))[0]
 
 
 def same_as(card: Card, name: str, original: Engine, other: Engine, made: Layered) -> None:

@@ -25,6 +25,13 @@ class Spill:
         self.kept = 0
         self._entries: list[Tensors | Path] = []
 
+    @classmethod
+    def reopened(cls, folder: Path, count: int) -> Spill:
+        """One whose `count` entries lie in files, as a limit of 0 leaves them."""
+        spill = cls(folder, 0)
+        spill._entries += [folder / f"{index}.pt" for index in range(count)]
+        return spill
+
     def __len__(self) -> int:
         return len(self._entries)
 

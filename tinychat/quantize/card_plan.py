@@ -20,7 +20,6 @@ LAYERS, NONE = "layers", "none"
 FLOAT = 4
 SHARE = 4  # of the samples that `tinychat eval` takes, one in so many: a card is made of every checkpoint
 SPILL = 64 * 2**20  # bytes of what the original said that are kept in memory
-STATES = 32 * 2**20  # bytes of hidden states in memory, of each model before and after a layer
 SLICE = 8192  # rows of the head at once
 FIT = 8  # copies of the largest linear, while it is compared
 WORDS = 80  # tokens of a question, its template and an answer, roughly
@@ -156,13 +155,13 @@ class Costs:
         computing = FLOAT * (3 * layer + passing + SLICE * text.hidden_size) + self._predictions() + self.looking
         tokens = work.once + work.window_tokens
         states = FLOAT * tokens * text.hidden_size
-        rest = 6 * min(states, STATES) + FIT * FLOAT * _largest(source) + 2 * self._tables()
+        rest = FIT * FLOAT * _largest(source) + 2 * self._tables()
         return CardCost(
             LAYERS,
             ram=rest + (self._predictions() if self.cuda else computing),
             device=computing if self.cuda else 0,
             whole=whole,
-            disk=0 if states <= STATES else 6 * states,
+            disk=6 * states,
             products=3 * 2 * _weights(source) * tokens + work.dialogues * _picture_products(source),
         )
 

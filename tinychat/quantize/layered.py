@@ -7,16 +7,18 @@ questions and windows of text; their hidden states wait in files for the next la
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from awq.save import atomic, sync
 from tinychat import load
 from tinychat.checkpoint import EMBEDDINGS, HEAD, NORM, Index, stream_into
 from tinychat.core import Progress
@@ -32,13 +34,14 @@ from tinychat.inputs.processor import Processor, Prompt
 from tinychat.layers.linear import QuantLinear
 from tinychat.models.llama import DecoderLayer
 from tinychat.quantize.blocks import Blocks
-from tinychat.quantize.card_plan import SLICE, STATES
+from tinychat.quantize.card_plan import SLICE
 from tinychat.quantize.embedding import Embedder
 from tinychat.quantize.job import Source
 from tinychat.quantize.nearest import rounded
 from tinychat_kernels.layout import QuantSpec
 
 WHOLE = 2**62
+KEPT = "kept.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,17 @@ class Figures:
     weights: list[tuple[Fidelity, dict[str, float]]] = field(default_factory=list[tuple[Fidelity, dict[str, float]]])
     compared: list[Compared] = field(default_factory=list[Compared])
     loss: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """What is known of the layers, as plain data."""
+        weights = [[asdict(together), each] for together, each in self.weights]
+        return {"outputs": [asdict(one) for one in self.outputs], "weights": weights}
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Figures:
+        """From as_json's data."""
+        weights = [(Fidelity(**together), each) for together, each in found["weights"]]
+        return cls([Fidelity(**one) for one in found["outputs"]], weights)
 
 
 def base_side(source: Source, device: torch.device, title: str) -> Side:
@@ -113,7 +127,10 @@ def _packed_layer(source: Source, spec: QuantSpec | None, i: int, device: torch.
 
 
 class Layered:
-    """One card in the making. `folder` is for hidden states, and gone afterwards."""
+    """One card in the making.
+
+    `folder` holds what is found, and the hidden states before the next layer: a run that was cut off goes on there.
+    """
 
     def __init__(self, sides: Mapping[str, Side], processor: Processor, plan: CardPlan, folder: Path) -> None:
         self.sides, self.processor, self.plan, self.folder = dict(sides), processor, plan, folder
@@ -122,20 +139,23 @@ class Layered:
         self.items = card.items_for(plan, processor)
         self.passages, self.text = _passages(plan, processor, self.items)
         self.figures = {name: Figures() for name in self.sides}
+        self.states: dict[str, Spill] = {}  # before the next layer
 
     def making(self, device: torch.device, facts: Mapping[str, Any], left_out: Sequence[str]) -> Making:
         """Yields how far it is, and returns the card."""
         self.blocks = Blocks(self.base.source, device)
         layers = self.base.source.layers
-        shutil.rmtree(self.folder, ignore_errors=True)
-        states = self._embedded(device)
-        yield Progress("", "card", 1, layers + 2)
-        for i in range(layers):
-            states = self._layer(i, states, last=i + 1 == layers)
+        if (done := self._resumed()) is None:
+            done = 0
+            self._embed(device)
+            self._keep(0)
+        yield Progress("", "card", done + 1, layers + 2)
+        for i in range(done, layers):
+            self._layer(i, last=i + 1 == layers)
+            self._keep(i + 1)
             yield Progress("", "card", i + 2, layers + 2)
-        self._predictions(states, device)
+        self._predictions(device)
         yield Progress("", "card", layers + 2, layers + 2)
-        shutil.rmtree(self.folder)
         columns = {name: self._column(name) for name in self.sides}
         yield from _notes(columns)
         measured = Measured(
@@ -143,34 +163,67 @@ class Layered:
         )
         return Card(columns, measured, facts, tuple(left_out), card.versions())
 
-    def _spill(self, name: str) -> Spill:
-        folder = self.folder / name
-        folder.mkdir(parents=True)
-        return Spill(folder, STATES)
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What the figures depend on besides the models."""
+        return {"plan": repr(self.plan), "passages": len(self.passages), "models": sorted(self.sides)}
 
-    def _embedded(self, device: torch.device) -> dict[str, Spill]:
+    def _resumed(self) -> int | None:
+        """The layers that an earlier run has done, whose figures and states are taken over; None where it did none."""
+        try:
+            kept = json.loads((self.folder / KEPT).read_bytes())
+        except FileNotFoundError:
+            kept = {"asked": None}
+        if kept["asked"] != self._asked:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None
+        for name, figures in kept["figures"].items():
+            self.figures[name] = Figures.of(figures)
+        count = len(self.passages)
+        self.states = {name: Spill.reopened(self.folder / where, count) for name, where in kept["states"].items()}
+        return kept["done"]
+
+    def _keep(self, done: int) -> None:
+        """From here on a run that is cut off goes on after `done` layers; states that are not needed any more go."""
+        for file in (file for spill in self.states.values() for file in spill.folder.iterdir()):
+            sync(file)
+        states = {name: spill.folder.name for name, spill in self.states.items()}
+        figures = {name: figures.as_json() for name, figures in self.figures.items()}
+        kept = {"asked": self._asked, "done": done, "states": states, "figures": figures}
+        with atomic(self.folder / KEPT) as file:
+            file.write(json.dumps(kept).encode())
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name not in states.values():
+                shutil.rmtree(folder)
+
+    def _spill(self, name: str) -> Spill:
+        """A new folder for states, all of them on the disk."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return Spill(folder, 0)
+
+    def _embed(self, device: torch.device) -> None:
         """What goes into the first layer: the same for all whose tower is the same."""
-        states: dict[str, Spill] = {}
         for name, side in self.sides.items():
-            same = next((found for found in states if self.sides[found].source.int8 == side.source.int8), None)
+            same = next((found for found in self.states if self.sides[found].source.int8 == side.source.int8), None)
             if same is not None:
-                states[name] = states[same]
+                self.states[name] = self.states[same]
                 continue
-            states[name] = self._spill(f"{name}-in")
+            self.states[name] = self._spill(f"{name}-0")
             embedder = Embedder(side.source, self.processor, device, stream=True)
             for hidden in embedder.embed([passage.prompt for passage in self.passages], WHOLE):
-                states[name].put({"states": hidden.cpu()})
-        return states
+                self.states[name].put({"states": hidden.cpu()})
 
-    def _layer(self, i: int, states: Mapping[str, Spill], last: bool) -> dict[str, Spill]:
+    def _layer(self, i: int, last: bool) -> None:
         """Every model's layer i, one model at a time, against the original's."""
         after: dict[str, Spill] = {}
         original = self.base.open(i)
         for name, side in self.sides.items():
             block = original if name == "base" else side.open(i)
-            errors, after[name] = OutputErrors(), self._spill(f"{name}-{i}")
+            errors, after[name] = OutputErrors(), self._spill(f"{name}-{i + 1}")
             for at in range(len(self.passages)):
-                hidden = states[name].get(at)["states"].to(self.blocks.device)
+                hidden = self.states[name].get(at)["states"].to(self.blocks.device)
                 after[name].put({"states": self.blocks.run(block, hidden).cpu()})
                 if name != "base" and self.passages[at].compared:
                     pair = (self._shown(one, after[one].get(at)["states"], last) for one in (name, "base"))
@@ -178,9 +231,7 @@ class Layered:
             if name != "base":
                 self.figures[name].outputs += errors.layers()
                 self.figures[name].weights.append(fidelity.compare_layer(block, fidelity.weights_in(original)))
-        for spill in states.values():
-            shutil.rmtree(spill.folder, ignore_errors=True)
-        return after
+        self.states = after
 
     def _shown(self, name: str, hidden: Tensor, last: bool) -> Tensor:
         """A layer's output `[1, T, D]`; the last one's is normed, as transformers shows it."""
@@ -193,12 +244,12 @@ class Layered:
         norm.weight = nn.Parameter(_get(source, NORM).float(), requires_grad=False)
         return norm(hidden)
 
-    def _predictions(self, states: Mapping[str, Spill], device: torch.device) -> None:
+    def _predictions(self, device: torch.device) -> None:
         """KL divergence, agreement and loss of what the last layers give."""
         for at, passage in enumerate(self.passages):
             original: dict[str, Tensor] = {}
             for name, side in self.sides.items():
-                hidden = states[name].get(at)["states"][list(passage.held.scored)]
+                hidden = self.states[name].get(at)["states"][list(passage.held.scored)]
                 logits = self._logits(side.source, self._normed(side.source, hidden), device)
                 counted = _counted(logits, passage.targets, self.figures[name])
                 if not passage.compared:
@@ -289,4 +340,4 @@ def _notes(columns: Mapping[str, Column]) -> Iterator[Note]:
             found = column.divergence["all"]
             yield Note(f"{column.title}: KL {found.kl.value:.4g}, same token {100 * found.top1.value:.1f} %")
         if column.perplexity is not None:
-            yield Note(f"{column.title}: perplexity {column.perplexity:.4g}")
+            yield Note(f"{column.title}: perplexity {column.perplexity:#.4g}")

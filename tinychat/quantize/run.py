@@ -54,7 +54,10 @@ class Began:
 
 @dataclass(frozen=True)
 class LayerDone:
-    """Layer `index` of `total` is on the disk. `loss` is that of its output, rounded to nearest and searched."""
+    """Layer `index` of `total` is on the disk. `loss` is that of its output, rounded to nearest and searched.
+
+    `left` are the seconds until all is done, the quality card included.
+    """
 
     index: int
     total: int
@@ -228,7 +231,7 @@ class Run:
         for i in range(done, self.plan.layers):
             facts, states = self._layer(work, blocks, i, states)
             spent.append(facts["seconds"])
-            left = sum(spent) / len(spent) * (self.plan.layers - i - 1)
+            left = sum(spent) / len(spent) * (self.plan.layers - i - 1) + self.plan.card_seconds
             event = LayerDone(i, self.plan.layers, facts["kept"], facts.get("loss"), spent[-1], left)
             self._log(json.dumps(asdict(event)))
             yield event
