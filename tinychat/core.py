@@ -15,7 +15,7 @@ from tinychat.errors import UsageError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "eos", "cancelled"]
-Stage = Literal["compile", "load", "images", "vision", "prefill", "check", "quantize", "convert", "card"]
+Stage = Literal["compile", "load", "images", "vision", "prefill", "check", "tower", "quantize", "convert", "card"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from awq import save
 from awq.recipes import encoder_recipe
 from awq.smooth import SmoothOptions, smooth_block
 from make_tiny_model import make_tiny_model
+from tinychat.core import Progress
 from tinychat.errors import ModelError, UsageError
 from tinychat.flags import QuantizeFlags
 from tinychat.layers.int8_linear import Int8Linear
@@ -65,6 +66,9 @@ def test_the_tower_is_the_one_smoothed_in_memory(models, tmp_path, family):
     wanted = job(model(models, vision=family), tmp_path / "out")
     run = Run(wanted)
     events = [*run.events()]
+    about = next(event for event in events if isinstance(event, Progress) and event.stage == "tower")
+    assert (about.done, about.total) == (0, TOWER_LAYERS)
+    assert events.index(about) < next(i for i, event in enumerate(events) if isinstance(event, TowerLayerDone))
     assert len([event for event in events if isinstance(event, TowerLayerDone)]) == TOWER_LAYERS
     assert run.data is not None and run.processor is not None
     reference = load_model(wanted.folder, dtype=torch.float32)

@@ -102,6 +102,7 @@ class TowerStage:
         done = sum(name.startswith(PART) for name in work.parts)
         if self.data is not None and done == 0 and f"{FEATURES}00000" not in work.parts:
             yield from self._look(work)
+        yield Progress("", "tower", done, self.total)
         for i in range(done, self.total):
             yield self._layer(work, i)
 
