@@ -542,6 +542,16 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     assert count * one * 0.9 < peak < (count + 1.5) * one
 
 
+@pytest.mark.skipif(os.name == "nt", reason="files have no such modes")
+def test_files_are_as_readable_as_others(tmp_path):
+    before = os.umask(0o022)
+    try:
+        (file,) = write_safetensors(tensors().items(), tmp_path)
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
 def test_what_is_mapped_of_a_file_is_given_back(tmp_path, monkeypatch):
     """A reader lives as long as some tensors, not as long as the file."""
     write_safetensors(((f"{i}.weight", torch.full((256, 4), float(i))) for i in range(9)), tmp_path)

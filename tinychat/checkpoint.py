@@ -311,7 +311,10 @@ def write_safetensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard
             path = folder / f".weights-{len(shards)}.tmp"
             shards.append((path, list(shard)))
             total += sum(tensor.nbytes for tensor in shard.values())
+            path.touch()
+            mode = path.stat().st_mode
             save_file(shard, path, metadata={"format": "pt"})
+            path.chmod(mode)  # as the umask says; save_file makes files for their owner alone
         return _publish(folder, shards, total)
     finally:
         for path, _ in shards:
