@@ -77,6 +77,12 @@ def test_a_model_beside_itself_is_without_fault(full: Card) -> None:
     assert column.perplexity == base.perplexity and column.probes == base.probes
 
 
+def test_figures_keep_their_digits(full: Card) -> None:
+    column = replace(full.columns["base"], perplexity=1.00004)
+    row = next(row for row in page.rows(replace(full, columns={"base": column})) if row[0].startswith("perplexity"))
+    assert row[1] == "1.000"
+
+
 def test_a_corrupted_model_is_seen(full: Card) -> None:
     column = full.columns["nearest"]
     assert column.divergence["all"].kl.value > 0.1 and column.divergence["all"].unchanged < 1

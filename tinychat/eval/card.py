@@ -294,7 +294,7 @@ class _Exam:
             digest = hashlib.sha256(words.encode()).hexdigest()
             self.text = {"text": name, "text_sha256": digest, "seqlen": seqlen, "windows": windows_in(ids, seqlen)}
         yield self._step()
-        yield Note(f"{subject.title}: perplexity {found:.4g}")
+        yield Note(f"{subject.title}: perplexity {found:#.4g}")
         return found
 
     def _of_answers(self, engine: Engine) -> float:

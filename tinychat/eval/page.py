@@ -115,7 +115,7 @@ def _divergence_lines(kind: str) -> Iterator[tuple[str, Cell]]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else f"{value:#.4g}"
 
 
 def _between(estimate: Estimate, scale: float = 1, unit: str = "") -> str:

@@ -61,25 +61,27 @@ def _figure(card: Card, path: Path, panels: Mapping[str, Curve], axes: tuple[str
 
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasAgg(figure)
-    drawn = 0
+    lines: dict[str, Any] = {}
     for place, (title, curve) in enumerate(panels.items(), 1):
         panel = figure.add_subplot(1, len(panels), place)
         panel.set(title=title, xlabel=axes[0], ylabel=axes[1])
-        drawn += _lines(panel, card, curve)
-    return _save(figure, path) if drawn else None
+        lines |= _lines(panel, card, curve)
+    if not lines:
+        return None
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
+    return _save(figure, path)
 
 
-def _lines(panel: Any, card: Card, curve: Curve) -> int:
-    """Draw each model's line; return how many there are."""
-    lines = {column.title: curve(column) for column in card.columns.values()}
+def _lines(panel: Any, card: Card, curve: Curve) -> dict[str, Any]:
+    """Draw each model's line; the lines by the models' titles."""
+    lines = {column.title: curve(column) for name, column in card.columns.items() if name != "base"}
     shown = {title: points for title, points in lines.items() if points[0]}
-    for title, (places, values) in shown.items():
-        panel.plot(places, values, marker=".", label=title)
+    colours = {title: f"C{at}" for at, title in enumerate(lines)}
+    drawn = {title: panel.plot(*points, marker=".", color=colours[title])[0] for title, points in shown.items()}
     if shown:
-        panel.legend()
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(bottom=0)
-    return len(shown)
+    return drawn
 
 
 def _save(figure: Any, path: Path) -> Path:
