@@ -119,8 +119,11 @@ def test_the_model_s_flags_are_everywhere(run: Run, verb: str):
         (["frobnicate"], "error: no such command 'frobnicate'; `tinychat --help` shows what there is"),
         (["ask", "--modle", "x"], "error: no such option: --modle; did you mean --model?"),
         (["ask", "--seed"], "error: option '--seed' requires an argument; `tinychat"),
-        (["ask", "--context", "many"], "error: invalid value for '--context': "),
-        (["bench", "--rounds", "0"], "error: invalid value for '--rounds': "),
+        (["ask", "--context", "many"], "error: --context is many, it must be a valid integer; `tinychat ask --help`"),
+        (
+            ["bench", "--rounds", "0"],
+            "error: --rounds is 0, it must be greater than or equal to 1; `tinychat bench --help`",
+        ),
         (["ask", "--temperature", "-1", "hi"], "error: temperature is -1.0, it must be 0 or more; give a temperature"),
         (["ask"], "error: there is no question; write one"),
         (["ask", "hi", "--json", "--jsonl", "x"], "error: --json and --jsonl exclude each other; give one of the two"),

@@ -407,7 +407,17 @@ def _bad_usage(error: Any) -> UsageError:
     path = error.ctx.command_path if error.ctx else "tinychat"
     message, _, near = str(error.message or error.format_message()).rstrip(".?").partition(". Did you mean ")
     if isinstance(error, typer.BadParameter):
-        message = error.format_message().rstrip(".")
+        message = _misfit(error) or error.format_message().rstrip(".")
     near = near or " or ".join(getattr(error, "possibilities", None) or ())
     message = message[:1].lower() + message[1:]
     return UsageError(message, f"did you mean {near}?" if near else f"`{path} --help` shows what there is")
+
+
+def _misfit(error: Any) -> str | None:
+    """A value that is none of its option's, in words, where the parser tells the reason apart from the rest."""
+    reasons = getattr(error.__cause__, "errors", None)
+    if reasons is None or error.param is None:
+        return None
+    reason = reasons()[0]
+    wanted = str(reason["msg"]).partition(",")[0].removeprefix("Input should be ")
+    return f"{error.param.opts[0]} is {reason['input']}, it must be {wanted}"
