@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tinychat_kernels import cuda, cuda_linear, cuda_ops, ref
+from tinychat_kernels import cuda, cuda_int8, cuda_linear, cuda_ops, ref
 from tinychat_kernels.cuda_layout import Packed
 from tinychat_kernels.cuda_ops import Draw, Heads, Launch, Layer, Partial, Where
-from tinychat_kernels.int8 import quantize_rows, quantize_tokens
+from tinychat_kernels.int8 import Int8, dequantize_rows, quantize_rows, quantize_tokens
 from tinychat_kernels.layout import QuantSpec, dequantize, from_logical, quantize
 
 W4, ATTENTION, EXACT = 5e-3, 2e-3, 0.0  # bounds of the relative error
@@ -173,21 +173,29 @@ def draws(place: Place) -> Errors:
 
 
 def integers(place: Place) -> Errors:
-    """8-bit linears of a vision tower, whose inputs are rounded as they come."""
+    """8-bit linears of a vision tower, whose inputs are rounded as they come, behind an activation or none."""
     for rows, inputs, outputs in ((1, 64, 80), (70, 1152, 200), (257, 1024, 64)):
         x, bias = place.numbers(rows, inputs), place.numbers(outputs, salt=1)
         weight = quantize_rows(place.numbers(outputs, inputs, salt=2).float())
-        values, scales = place.empty(rows, inputs, dtype=torch.int8), place.empty(rows, dtype=torch.float32)
-        cuda_ops.quantize_rows(place.launch, x, values, scales)
-        exact = quantize_tokens(x)
-        yield f"rounding {rows}x{inputs}", relative(values.double() * scales[:, None], x), 2e-2
-        yield f"scales {rows}x{inputs}", relative(scales, exact.scale), 1e-6
-        out = place.empty(rows, outputs)
-        cuda_ops.int8_gemm(place.launch, (values, scales), weight, bias, out)
-        wide = (values.double() * scales.double()[:, None]) @ (
-            weight.weight.double() * weight.scale.double()[:, None]
-        ).T
-        yield f"int8 {rows}x{inputs}x{outputs}", relative(out, wide + bias.double()), SMALL
+        found = Int8(place.empty(rows, inputs, dtype=torch.int8), place.empty(rows, dtype=torch.float32))
+        for activation in ("gelu", "none"):
+            exact = quantize_tokens(torch.nn.functional.gelu(x.float()) if activation == "gelu" else x)
+            cuda_int8.quantize_rows(place.launch, x, *found, activation)
+            yield f"scales {rows}x{inputs} {activation}", relative(found.scale, exact.scale), 1e-5
+            yield f"rounding {rows}x{inputs} {activation}", relative(whole(found), whole(exact)), SMALL
+        for side in cuda_int8.SIDES:
+            out = place.empty(rows, outputs)
+            cuda_int8.gemm(place.launch, found, weight, bias, out, side)
+            yield (
+                f"int8 {rows}x{inputs}x{outputs}",
+                relative(out, whole(found) @ whole(weight).T + bias.double()),
+                SMALL,
+            )
+
+
+def whole(packed: Int8) -> Tensor:
+    """What rows of int8 stand for."""
+    return dequantize_rows(packed, torch.float64)
 
 
 CASES: dict[str, Callable[[Place], Errors]] = {

@@ -28,7 +28,6 @@ VECTOR = 8  # 16-bit values that a thread loads at once
 MOST_THREADS = 1024
 SCRATCH = 4 * WARP  # bytes of shared memory in which the warps of a block join a number each
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
-ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
 
 
 class Launch(Protocol):
@@ -90,7 +89,7 @@ def add_rms_norm(launch: Launch, x: Tensor, delta: Tensor | None, weight: Tensor
     """
     rows, width = x.shape
     launch(
-        "norm", f"add_rms_norm_{_kind(x)}", (rows, 1, 1), row_threads(width), SCRATCH,
+        "norm", f"add_rms_norm_{kind_of(x)}", (rows, 1, 1), row_threads(width), SCRATCH,
         x, delta, weight, out, width, float(eps),
     )  # fmt: skip
 
@@ -101,14 +100,14 @@ def swiglu(launch: Launch, gate_up: Tensor, out: Tensor) -> None:
     swiglu_{t}(const T* gate_up, T* out, int inner); 8 values a thread, blocks x over the row, y over rows.
     """
     rows, inner = out.shape
-    _multiple("intermediate size", inner, VECTOR)
+    check_multiple("intermediate size", inner, VECTOR)
     blocks = -(-inner // (VECTOR * 256))
-    launch("norm", f"swiglu_{_kind(out)}", (blocks, rows, 1), 256, 0, gate_up, out, inner)
+    launch("norm", f"swiglu_{kind_of(out)}", (blocks, rows, 1), 256, 0, gate_up, out, inner)
 
 
 def row_threads(width: int) -> int:
     """Threads of a block that holds a row of 16-bit values, 8 or 16 a thread. Raises KernelError: no such block."""
-    _multiple("width", width, VECTOR)
+    check_multiple("width", width, VECTOR)
     if width > 2 * VECTOR * MOST_THREADS:
         raise KernelError(f"a row of {width} values is too wide: {2 * VECTOR * MOST_THREADS} are supported")
     return min(MOST_THREADS, -(-width // (VECTOR * WARP)) * WARP)
@@ -134,7 +133,7 @@ def rope_kv(
     lanes = 1 << (heads.dim // 16 - 1).bit_length()
     blocks = -(-(heads.queries + 2 * heads.keys) * lanes // 128)
     launch(
-        "rope_kv", f"rope_kv_{_kind(qkv)}{_cached(to)}", (blocks, len(qkv), 1), 128, 0,
+        "rope_kv", f"rope_kv_{kind_of(qkv)}{_cached(to)}", (blocks, len(qkv), 1), 128, 0,
         qkv, bias, *tables, where.positions, where.slots, *_parts(to), heads.queries, heads.keys, heads.dim, capacity,
     )  # fmt: skip
 
@@ -184,7 +183,7 @@ def attn_decode(
     rows, splits = len(q), partial.sums.shape[2]
     if splits > MOST_SPLITS:
         raise KernelError(f"the keys are in {splits} parts: {MOST_SPLITS} are supported")
-    name = f"{_kind(q)}_d{heads.dim}"
+    name = f"{kind_of(q)}_d{heads.dim}"
     groups = heads.keys * -(-heads.queries // heads.keys // BLOCK_HEADS)
     threads = ATTENTION_WARPS * WARP
     launch(
@@ -195,44 +194,6 @@ def attn_decode(
     launch(
         "attn_decode", f"attn_combine_{name}", (heads.queries, rows, 1), threads, COMBINE_SHARED,
         *partial, out, splits,
-    )  # fmt: skip
-
-
-# int8_linear.cu
-
-
-def quantize_rows(launch: Launch, x: Tensor, values: Tensor, scales: Tensor, activation: str = "none") -> None:
-    """x `[M, K]`, through an activation -> int8 `[M, K]` and fp32 scales `[M]`, as int8.quantize_tokens. K: 16 | K.
-
-    quantize_rows_{t}(const T* x, int8_t* values, float* scales, int width, int activation); a block a row.
-    """
-    rows, width = x.shape
-    _multiple("width", width, 16)
-    launch(
-        "int8_linear", f"quantize_rows_{_kind(x)}", (rows, 1, 1), row_threads(width), 0,
-        x, values, scales, width, ACTIVATIONS[activation],
-    )  # fmt: skip
-
-
-INT8_TILE = (64, 64)  # rows and outputs of a block of int8_gemm
-
-
-def int8_gemm(
-    launch: Launch, x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor | None, out: Tensor
-) -> None:
-    """int8 x `[M, K]` with fp32 scales `[M]`, times int8 weight `[N, K]` with fp32 scales `[N]` -> out `[M, N]`.
-
-    Any M and N; 16 | K. int8_gemm_{t}(const int8_t* x, const float* x_scales, const int8_t* weight,
-    const float* scales, const T* bias, T* out, int rows, int inputs, int outputs)
-    """
-    (values, steps), (rows_of, scales) = x, weight
-    rows, inputs = values.shape
-    _multiple("inputs", inputs, 16)
-    outputs = out.shape[1]
-    grid = (-(-outputs // INT8_TILE[1]), -(-rows // INT8_TILE[0]), 1)
-    launch(
-        "int8_linear", f"int8_gemm_{_kind(out)}", grid, 128, 0, values, steps, rows_of, scales, bias, out,
-        rows, inputs, outputs,
     )  # fmt: skip
 
 
@@ -257,18 +218,18 @@ def sample(launch: Launch, logits: Tensor, draw: Draw, positions: Tensor) -> Non
 
     The first of equal logits counts as the likeliest; a draw inverts the distribution at `uniform`. Where logits hold
     NaN or no finite maximum, the log-probability is NaN.
-    sample_parts_{t}(const T* logits, const float* temperature, float* scratch, int vocabulary); x blocks a row, y rows
-    sample_pick_{t}(const T* logits, const float* temperature, const float* uniform, const float* scratch, int* tokens,
+    sample_parts_{t}(const T* logits, const float* temperature, float4* parts, int vocabulary); x blocks a row, y rows
+    sample_pick_{t}(const T* logits, const float* temperature, const float* uniform, const float4* parts, int* tokens,
                     float* logprobs, int* positions, int vocabulary, int blocks); a block a row
     """
     rows, vocabulary = logits.shape
-    kind = _kind(logits)
+    kind = kind_of(logits)
     launch(
-        "sample", f"sample_parts_{kind}", (SAMPLE_BLOCKS, rows, 1), 256, 0,
+        "sample", f"sample_parts_{kind}", (SAMPLE_BLOCKS, rows, 1), 256, 4 * SCRATCH,
         logits, draw.temperature, draw.scratch, vocabulary,
     )  # fmt: skip
     launch(
-        "sample", f"sample_pick_{kind}", (rows, 1, 1), 256, 0,
+        "sample", f"sample_pick_{kind}", (rows, 1, 1), 256, 2 * SCRATCH,
         logits, draw.temperature, draw.uniform, draw.scratch, draw.tokens, draw.logprobs, positions, vocabulary,
         SAMPLE_BLOCKS,
     )  # fmt: skip
@@ -281,7 +242,7 @@ def _check_heads(heads: Heads) -> None:
         raise KernelError(f"{heads.queries} query heads cannot share {heads.keys} key heads evenly")
 
 
-def _kind(x: Tensor) -> str:
+def kind_of(x: Tensor) -> str:
     if x.dtype not in DTYPES:
         raise KernelError(f"activations are {x.dtype}; the CUDA kernels take {', '.join(map(str, DTYPES))}")
     return DTYPES[x.dtype]
@@ -295,6 +256,6 @@ def _parts(layer: Layer) -> Sequence[Tensor]:
     return [part for part in layer if part is not None]
 
 
-def _multiple(name: str, size: int, of: int) -> None:
+def check_multiple(name: str, size: int, of: int) -> None:
     if size % of:
         raise KernelError(f"a {name} of {size} is no multiple of {of}")

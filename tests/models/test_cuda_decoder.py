@@ -19,20 +19,20 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache, KVPool
 from tinychat.layers.linear import QuantLinear
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
-from tinychat_kernels import cuda, cuda_build, cuda_layout
+from tinychat_kernels import cuda, cuda_layout, ref
 from tinychat_kernels.cuda_decoder import check
 from tinychat_kernels.errors import KernelError
 from tinychat_kernels.layout import QuantSpec
 
 pytestmark = needs_compiler
-draws = pytest.mark.skipif("sample" not in cuda_build.units(), reason="no kernel draws yet")
 SIZES = {"hidden_size": 128, "intermediate_size": 160}  # heads of 32 channels
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 7}),
 }
-MARGIN = 0.02  # of the two highest logits, in parts of their spread, above which tokens must be equal
+CLEAR = (1156, 1751, 2329)  # prompts after which the two highest logits always lie at least MARGIN of the spread apart
+MARGIN = 0.02
 
 
 def quantized(family: str = "llama", dtype: torch.dtype = torch.float16) -> VilaLlamaForCausalLM:
@@ -155,25 +155,35 @@ def drawn(model: VilaLlamaForCausalLM, tokens: Tensor, count: int) -> tuple[list
     return chosen, logprobs
 
 
-@draws
 @pytest.mark.parametrize("rows", [1, 3])
 def test_drawn_tokens_are_refs(rows: int) -> None:
     """The whole step, from a token in device memory to the next one, with every op emulated."""
-    model, tokens = quantized(), ids(rows, 12)
-    chosen, logits = greedy(copy.deepcopy(model).float(), tokens, 10)
-    ours, logprobs = drawn(emulated(model), tokens, 10)
-    for step, wide in enumerate(logits):
+    model, tokens = quantized(), torch.cat([ids(1, 12, seed=seed) for seed in CLEAR[:rows]])
+    chosen, logits = greedy(copy.deepcopy(model).float(), tokens, 8)
+    for wide in logits:
         top = wide.topk(2).values
-        clear = (top[:, 0] - top[:, 1]) > MARGIN * (wide.max() - wide.min())
-        for row in range(rows):
-            if ours[step][row] != chosen[step][row]:
-                assert not clear[row], f"row {row} parts from ref at step {step}"
-                pytest.fail("the tiny model's tokens are too close: take another seed")
+        assert ((top[:, 0] - top[:, 1]) > MARGIN * (wide.amax(1) - wide.amin(1))).all(), "take other prompts"
+    assert all(len({step[row] for step in chosen}) > 5 for row in range(rows)), "take other prompts"
+    ours, logprobs = drawn(emulated(model), tokens, 8)
+    assert ours == chosen
     expected = [wide.log_softmax(-1).amax(-1).tolist() for wide in logits[1:]]
     assert torch.allclose(torch.tensor(logprobs), torch.tensor(expected), atol=0.02)
 
 
-@draws
+@torch.inference_mode()
+def test_tokens_are_drawn_at_a_temperature() -> None:
+    model, tokens = emulated(quantized()), ids(3, 8)
+    temperatures, uniform = [0.8, 0.0, 1.3], [0.31, 0.5, 0.77]
+    cache = cache_of(model, 3)
+    model.prefill(model.embed_text(tokens), cache, 0)
+    logits = model.decode(torch.tensor([[4], [5], [6]]), cache)[:, -1]
+    cache.truncate([8, 8, 8])
+    found, logprobs = model.draw([4, 5, 6], cache, temperatures, uniform)
+    expected, exact = ref.sample(logits, torch.tensor(temperatures), torch.tensor(uniform))
+    assert found == expected.tolist()
+    assert torch.allclose(torch.tensor(logprobs), exact, atol=0.01)
+
+
 def test_a_step_is_gone_on_with_or_begun_anew() -> None:
     """Tokens and positions that the device holds are not given again; others are."""
     model, tokens = emulated(quantized()), ids(2, 6)
@@ -190,7 +200,6 @@ def test_a_step_is_gone_on_with_or_begun_anew() -> None:
         assert [part[::-1] for part in model.draw([2, 1], swapped, [0.0, 0.0], [0.0, 0.0])] == list(first)
 
 
-@draws
 def test_a_longer_context_begins_anew() -> None:
     model, tokens = emulated(quantized()), ids(1, 6)
     with torch.inference_mode():
