@@ -69,4 +69,4 @@ def linear(
     """x `[M, K]`, through an activation, times 8-bit weights, plus bias `[N]` -> out `[M, N]`."""
     rows = Int8(torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32))
     quantize_rows(launch, x, *rows, activation)
-    gemm(launch, rows, weight, bias, out, gemm_side(*out.shape, processors))
+    gemm(launch, rows, weight, bias, out, gemm_side(len(out), out.shape[1], processors))
