@@ -8,17 +8,18 @@ outputs are compared with ref's; a shape that fails is computed by plain torch f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tinychat_kernels import cuda_checks, cuda_layout, cuda_linear
+from tinychat_kernels import cuda_checks, cuda_int8, cuda_layout, cuda_linear, ref
 from tinychat_kernels.cuda_gpu import Gpu, gpu, why_none
 from tinychat_kernels.cuda_layout import Packed
 from tinychat_kernels.cuda_ops import Launch
 from tinychat_kernels.errors import KernelError, LayoutError
+from tinychat_kernels.int8 import Int8
 from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec, dequantize, to_logical
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -29,6 +30,7 @@ MOST_GEMM_ROWS = 256  # above, decoding the weights once and torch's product are
 SLICE_BYTES = 64 << 20  # of weights that are dequantized at a time
 PLAIN_TILES = 64  # whose weights plain torch holds as floats at a time
 CHECKED_TILES = 4  # times 16 outputs, of one row
+CHECKED_OUTPUTS = 64  # of one row, of a linear that is not in tiles
 TOLERANCE = 5e-3
 
 
@@ -209,9 +211,12 @@ def passed(device: Gpu, packed: Packed, dtype: torch.dtype, rows: int) -> bool:
     """Whether a shape's check has passed on this GPU: made at first use, and not while a graph is captured."""
     sizes = f"{packed.inputs}x{packed.outputs} g{packed.group} {packed.scale}".replace("torch.", "")
     name = f"{kind(rows, packed.bits)} {packed.bits} bits {sizes} {dtype}".replace("torch.", "")
+    return _passed(device, name, lambda: check(device, packed, dtype, rows))
 
+
+def _passed(device: Gpu, name: str, examine: Callable[[], str | None]) -> bool:
     def wrong() -> str | None:
-        reason = check(device, packed, dtype, rows)
+        reason = examine()
         if reason is not None:
             warnings.warn(f"{name} {reason} and runs on plain torch: see `tinychat doctor`", stacklevel=2)
         return reason
@@ -234,8 +239,56 @@ def check(launch: Launch, packed: Packed, dtype: torch.dtype, rows: int) -> str 
     columns = [t * cuda_layout.TILE + i for t in tiles for i in range(cuda_layout.TILE)]
     inside = [i for i, column in enumerate(columns) if column < packed.outputs]
     expected = (x[-1:].double() @ _float(part, torch.float64).T)[0, inside]
-    found = out[-1, [columns[i] for i in inside]].double()
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    return _wrong(out, out[-1, [columns[i] for i in inside]], expected)
+
+
+# Linears in 8 bits
+
+
+def w8a8_linear(x: Tensor, packed: Int8, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """x `[M, K]`, through an activation (cuda_int8.ACTIVATIONS), as ref.w8a8_linear -> `[M, N]` in x's dtype."""
+    from tinychat_kernels import cuda_library
+
+    wide = None if bias is None else bias.to(x.dtype)
+    return cuda_library.int8_linear(x.contiguous(), packed.weight, packed.scale.float(), wide, activation)
+
+
+def compute_int8(x: Tensor, packed: Int8, bias: Tensor | None, activation: str) -> Tensor:
+    """As `w8a8_linear`: by the kernels on a GPU, where they take such rows and passed their check, else by torch."""
+    unfit = x.device.type != "cuda" or not len(x) or obstacle(x.dtype, x.device) is not None
+    if unfit or not cuda_int8.takes(x.shape[1]):
+        return plain_int8(x, packed, bias, activation)
+    device = gpu(x.get_device())
+    outputs, inputs = packed.weight.shape
+    side = cuda_int8.gemm_side(len(x), outputs, device.processors)
+    name = f"int8 {inputs}x{outputs} in blocks of {side} {x.dtype}".replace("torch.", "")
+    if not _passed(device, name, lambda: check_int8(device, packed, x.dtype, len(x), device.processors)):
+        return plain_int8(x, packed, bias, activation)
+    out = x.new_empty(len(x), outputs)
+    cuda_int8.linear(device, x, packed, bias, out, activation, device.processors)
+    return out
+
+
+def plain_int8(x: Tensor, packed: Int8, bias: Tensor | None, activation: str) -> Tensor:
+    """The same by torch alone, on any device."""
+    return ref.w8a8_linear(cuda_int8.activated(x, activation), packed, bias).to(x.dtype)
+
+
+def check_int8(launch: Launch, packed: Int8, dtype: torch.dtype, rows: int, processors: int = 1) -> str | None:
+    """What is wrong with the last of so many rows in 64 outputs, and whether any output was left out; None: nothing."""
+    outputs, inputs = packed.weight.shape
+    device, generator = packed.weight.device, torch.Generator().manual_seed(outputs)
+    x = torch.randn((rows, inputs), generator=generator).to(device, dtype)
+    out = torch.full((rows, outputs), float("nan"), dtype=dtype, device=device)
+    cuda_int8.linear(launch, x, packed, None, out, processors=processors)
+    columns = sorted({i * (outputs - 1) // (CHECKED_OUTPUTS - 1) for i in range(CHECKED_OUTPUTS)})
+    part = Int8(packed.weight[columns], packed.scale[columns])
+    return _wrong(out, out[-1, columns], ref.w8a8_linear(x[-1:].float(), part)[0])
+
+
+def _wrong(out: Tensor, found: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with the numbers that were looked at, and whether any output was left out; None: nothing."""
+    error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
     if not error <= TOLERANCE:
         return f"is off by {error:.1e}"
     return None if bool(out.isfinite().all()) else "leaves outputs out"

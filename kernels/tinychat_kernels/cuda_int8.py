@@ -14,10 +14,27 @@ from tinychat_kernels.errors import KernelError
 from tinychat_kernels.int8 import Int8
 
 VECTOR = 16  # int8 values that are copied at once: what inputs are a multiple of
+MOST_INPUTS = 16384
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
 SIDES = (64, 128)  # rows, and outputs, of a block
 GEMM_THREADS = 128
 STAGES, DEPTH = 3, 64  # that inputs are copied in, and bytes of a row in one
+
+
+def takes(inputs: int) -> bool:
+    """Whether rows of so many values fit the kernels."""
+    return inputs % VECTOR == 0 and inputs <= MOST_INPUTS
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """What the kernels round, by plain torch: fp32 behind an activation, x itself where there is none."""
+    _check_activation(activation)
+    if activation == "none":
+        return x
+    wide = x.float()
+    if activation == "quick_gelu":
+        return wide * torch.sigmoid(1.702 * wide)
+    return torch.nn.functional.gelu(wide, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def quantize_rows(launch: Launch, x: Tensor, values: Tensor, scales: Tensor, activation: str = "none") -> None:
@@ -28,8 +45,7 @@ def quantize_rows(launch: Launch, x: Tensor, values: Tensor, scales: Tensor, act
     """
     rows, width = x.shape
     check_multiple("width", width, VECTOR)
-    if activation not in ACTIVATIONS:
-        raise KernelError(f"there is no activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    _check_activation(activation)
     launch(
         "int8_linear", f"quantize_rows_{kind_of(x)}", (rows, 1, 1), row_threads(width), SCRATCH,
         x, values, scales, width, ACTIVATIONS[activation],
@@ -70,3 +86,8 @@ def linear(
     rows = Int8(torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32))
     quantize_rows(launch, x, *rows, activation)
     gemm(launch, rows, weight, bias, out, gemm_side(len(out), out.shape[1], processors))
+
+
+def _check_activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise KernelError(f"there is no activation {name!r}; known are {', '.join(ACTIVATIONS)}")

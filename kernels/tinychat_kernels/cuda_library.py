@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tinychat_kernels.cuda_layout import Packed
+from tinychat_kernels.int8 import Int8
 
 
 @torch.library.custom_op("tinychat::linear", mutates_args=())
@@ -40,3 +41,16 @@ def _(  # the same arguments
     scale: torch.dtype,
 ) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
+
+
+@torch.library.custom_op("tinychat::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """x `[M, K]`, through an activation, times int8 weight `[N, K]` with fp32 scales `[N]`, plus bias -> `[M, N]`."""
+    from tinychat_kernels import cuda
+
+    return cuda.compute_int8(x, Int8(weight, scale), bias, activation)
+
+
+@int8_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

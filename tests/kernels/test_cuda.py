@@ -11,9 +11,10 @@ from emulated import needs_compiler, relative
 from torch import Tensor
 
 from emu.launcher import Emulator
-from tinychat_kernels import cuda, cuda_checks, cuda_layout, cuda_library, ref, registry
+from tinychat_kernels import cuda, cuda_checks, cuda_int8, cuda_layout, cuda_library, ref, registry
 from tinychat_kernels.cuda_layout import Packed
-from tinychat_kernels.errors import LayoutError
+from tinychat_kernels.errors import KernelError, LayoutError
+from tinychat_kernels.int8 import Int8, quantize_rows
 from tinychat_kernels.layout import QuantSpec, dequantize, from_logical, quantize, to_logical
 
 
@@ -135,6 +136,53 @@ def test_a_shape_that_fails_is_said_and_left_to_torch(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda, "check", lambda *args: None)
     assert cuda.passed(device, dataclasses.replace(packed(), outputs=72), torch.float16, 9)
     assert list(results) == ["gemv 4 bits 192x80 g64 float16 float16", "gemm 4 bits 192x72 g64 float16 float16"]
+
+
+# Linears in 8 bits
+
+
+def test_the_int8_op_is_torchs_and_the_registrys() -> None:
+    weight, x, bias = quantize_rows(noise(70, 48)), noise(5, 48, seed=1).half(), noise(70, seed=2)
+    out = registry.pick("w8a8_linear", "cuda")(x, weight, bias)
+    assert torch.equal(out, ref.w8a8_linear(x, weight, bias.half())) and out.dtype == torch.float16
+    for given in (bias.half(), None):
+        torch.library.opcheck(cuda_library.int8_linear, (x, weight.weight, weight.scale, given, "gelu"))
+    with pytest.raises(KernelError, match="there is no activation 'relu'; known are none, gelu"):
+        cuda.w8a8_linear(x, weight, None, "relu")
+
+
+@pytest.mark.parametrize("activation", cuda_int8.ACTIVATIONS)
+@needs_compiler
+def test_plain_torch_rounds_behind_an_activation_as_the_kernels_do(activation: str) -> None:
+    weight, x, out = quantize_rows(noise(40, 96)), noise(9, 96, seed=1).half(), torch.empty(9, 40).half()
+    cuda_int8.linear(Emulator().launch, x, weight, None, out, activation)
+    assert relative(out, cuda.w8a8_linear(x, weight, None, activation)) < 1e-3
+    assert not torch.equal(out, cuda.w8a8_linear(x, weight)) or activation == "none"
+
+
+def test_rows_that_the_int8_kernels_do_not_take() -> None:
+    assert [cuda_int8.takes(inputs) for inputs in (16, 588, 4304, 16384, 16400)] == [True, False, True, True, False]
+
+
+@needs_compiler
+def test_int8_kernels_are_checked() -> None:
+    weight = quantize_rows(noise(100, 64))
+    assert cuda.check_int8(Emulator().launch, weight, torch.float16, 3) is None
+    assert cuda.check_int8(Emulator().launch, weight, torch.bfloat16, 70, processors=99) is None
+
+    def other_weights(unit, entry, grid, block, shared, *args) -> None:
+        swapped = [weight.weight.flip(0).contiguous() if arg is weight.weight else arg for arg in args]
+        Emulator().launch(unit, entry, grid, block, shared, *swapped)
+
+    def a_hole(unit, entry, grid, block, shared, *args) -> None:
+        Emulator().launch(unit, entry, grid, block, shared, *args)
+        if entry.startswith("int8_gemm"):
+            args[5][0, 5] = float("nan")
+
+    assert "is off by" in str(cuda.check_int8(other_weights, weight, torch.float16, 2))
+    assert cuda.check_int8(a_hole, weight, torch.float16, 2) == "leaves outputs out"
+    assert "is off by nan" in str(cuda.check_int8(lambda *args: None, weight, torch.float16, 2))
+    assert cuda.check_int8(Emulator().launch, Int8(weight.weight[:3], weight.scale[:3]), torch.float16, 1) is None
 
 
 def test_why_the_backend_is_off() -> None:
