@@ -193,6 +193,19 @@ def test_a_breakdown_is_of_the_prompt_and_of_a_token():
     assert bench.stage_rows({"breakdown": []}) == []
 
 
+def test_what_runs_by_modules_is_told_with_the_reason():
+    model = SimpleNamespace(
+        dtype=torch.bfloat16, device=torch.device("cpu"), modules=list, one_call=None, obstacle="hooks watch it",
+        vision_tower=SimpleNamespace(obstacle=None),
+    )  # fmt: skip
+    subject = bench.Subject("tiny", model, tokens_of, TimedEngine())
+    found = bench.measure(subject, bench.Workload(rounds=1), lambda _: None)
+    assert found["obstacles"] == {"decoder": "hooks watch it"}
+    assert bench.foot(found).endswith("; decoder by modules, since hooks watch it")
+    with pytest.raises(UsageError, match="tiny runs on torch, its decoder by modules, since hooks watch it; take a"):
+        bench.measure(subject, bench.Workload(rounds=1, breakdown=True), lambda _: None)
+
+
 class LookingEngine(TimedEngine):
     """Its tower and projector take 5 s."""
 

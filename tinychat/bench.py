@@ -119,7 +119,8 @@ def _breakdown(subject: Subject, work: Workload, text: str, report: Callable[[st
     decoder = getattr(subject.model, "one_call", None)
     if decoder is None or not hasattr(decoder.kernel, "start_profile"):
         raise UsageError(
-            f"--breakdown reads the CPU kernels' clock, and {subject.name} runs on {backend_of(subject.model)}",
+            f"--breakdown reads the CPU kernels' clock, and {subject.name} runs on {backend_of(subject.model)}"
+            + "".join(f", its {name} by modules, since {why}" for name, why in _obstacles(subject.model).items()),
             "take a 4-bit model on a CPU; `tinychat doctor` says whether the kernels run here",
         )
     tower = getattr(getattr(subject.model, "vision_tower", None), "one_call", None) if work.images else None
@@ -185,6 +186,12 @@ def backend_of(model: Any) -> str:
         if held == {kind}:
             return f"{backend.__name__.rpartition('.')[2]}, {backend.available()[1]}"
     return "ref"
+
+
+def _obstacles(model: Any) -> dict[str, str]:
+    """Why parts of a model run module by module, and not in one call of the kernels, by their names."""
+    parts = {"decoder": model, "vision tower": getattr(model, "vision_tower", None)}
+    return {name: why for name, part in parts.items() if (why := getattr(part, "obstacle", None))}
 
 
 def request(text: str, work: Workload, number: int) -> Request:
@@ -254,6 +261,7 @@ def _result(subject: Subject, work: Workload, rounds: Sequence[Finished]) -> Jso
         "threads": torch.get_num_threads(),
         "cpu": doctor.cpu()["name"],
         "backend": backend_of(subject.model),
+        "obstacles": _obstacles(subject.model),
         "kv_cache_dtype": str(getattr(subject.model, "cache_dtype", subject.model.dtype)).removeprefix("torch."),
         "versions": {"tinychat": __version__, "torch": torch.__version__},
         "prompt_tokens": usage.prompt_tokens,
@@ -369,4 +377,5 @@ def foot(found: Json) -> str:
         return ""
     peak = found["peak_memory"]
     cuda = "" if peak["cuda_bytes"] is None else f", CUDA {size(peak['cuda_bytes'])}"
-    return f"peak memory: RAM {size(peak['ram_bytes'])}{cuda}; loaded in {found['load_s']:.1f} s"
+    slower = "".join(f"; {name} by modules, since {why}" for name, why in found["obstacles"].items())
+    return f"peak memory: RAM {size(peak['ram_bytes'])}{cuda}; loaded in {found['load_s']:.1f} s{slower}"

@@ -323,13 +323,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def check_sizes(width: int, inner: int, head_dim: int) -> None:
+    """Raise KernelError for a decoder that the kernels do not take."""
+    if head_dim % LANES or head_dim > MOST_HEAD_DIM:
+        raise KernelError(f"heads of {head_dim} channels: multiples of {LANES} up to {MOST_HEAD_DIM} are supported")
+    for name, size in (("hidden", width), ("intermediate", inner)):
+        if size % LANES:
+            raise KernelError(f"the {name} size {size} is no multiple of {LANES}")
+
+
 def _check(w: Weights) -> None:
-    """Raise KernelError for sizes that the kernels do not take."""
-    if w.head_dim % LANES or w.head_dim > MOST_HEAD_DIM:
-        raise KernelError(f"heads of {w.head_dim} channels: multiples of {LANES} up to {MOST_HEAD_DIM} are supported")
-    for name, width in (("hidden", len(w.norm)), ("intermediate", w.layers[0].down.weight.in_features)):
-        if width % LANES:
-            raise KernelError(f"a {name} size of {width} is no multiple of {LANES}")
+    """Raise KernelError for sizes or tables that the kernels do not take."""
+    check_sizes(len(w.norm), w.layers[0].down.weight.in_features, w.head_dim)
     tables = [w.embeddings, w.head] if isinstance(w.head, Tensor) else [w.embeddings]
     for table in tables:
         if table.dtype not in SCALES or not table.is_contiguous() or table.device.type != "cpu":

@@ -144,7 +144,7 @@ class Tower:
     """
 
     def __init__(self, weights: Weights) -> None:
-        _check(weights)
+        check_sizes(len(weights.embedding), weights.layers[0].up.weight.out_features, weights.heads, weights.gelu)
         self.weights = weights
         self.nanoseconds: Tensor | None = None
         width, _, self._side, _ = weights.embedding.shape
@@ -214,16 +214,15 @@ def gelu(x: Tensor, kind: str) -> Tensor:
     return out
 
 
-def _check(w: Weights) -> None:
-    """Raise KernelError for sizes that the kernels do not take."""
-    width, inner = len(w.embedding), w.layers[0].up.weight.out_features
-    if width % w.heads or width // w.heads > MOST_HEAD_DIM:
-        raise KernelError(f"{w.heads} heads of a width of {width}: at most {MOST_HEAD_DIM} channels each are supported")
+def check_sizes(width: int, inner: int, heads: int, gelu: str) -> None:
+    """Raise KernelError for a tower that the kernels do not take."""
+    if width % heads or width // heads > MOST_HEAD_DIM:
+        raise KernelError(f"{heads} heads of a width of {width}: at most {MOST_HEAD_DIM} channels each are supported")
     for name, size in (("hidden", width), ("intermediate", inner)):
         if size % LANES:
             raise KernelError(f"the {name} size {size} is no multiple of {LANES}")
-    if w.gelu not in GELUS:
-        raise KernelError(f"the activation {w.gelu} is none of {', '.join(GELUS)}")
+    if gelu not in GELUS:
+        raise KernelError(f"the activation {gelu} is none of {', '.join(GELUS)}")
 
 
 def _norm(norm: LayerNorm | None) -> _LayerNorm:

@@ -281,7 +281,7 @@ def test_what_stands_in_the_way(change: Any, says: str):
         assert says in str(cpu_decoder.obstacle(model.llm, model.llm.config))
         if change not in (special_head, in_double):
             answers(model, ids(1, 4), ids(1, 3))
-            assert not in_one_call(model)
+            assert not in_one_call(model) and says in str(model.obstacle)
 
 
 def test_another_activation_stays_with_the_modules():
@@ -292,7 +292,7 @@ def test_another_activation_stays_with_the_modules():
 def test_sizes_that_the_kernels_do_not_take(monkeypatch: pytest.MonkeyPatch):
     model = quantized(head_dim=8, num_key_value_heads=4)
     answers(model, ids(1, 4), ids(1, 3))
-    assert not in_one_call(model)
+    assert not in_one_call(model) and "heads of 8 channels: multiples of" in str(model.obstacle)
 
 
 def test_new_weights_are_seen():
@@ -306,7 +306,7 @@ def test_new_weights_are_seen():
     other.prepare(exact=True)
     layer.up_proj = other
     new = answers(model, tokens, steps)
-    assert in_one_call(model)
+    assert in_one_call(model) and model.obstacle is None
     assert relative(new[0], old[0]) > 1e-3
 
 

@@ -199,12 +199,17 @@ def test_what_stands_in_the_way(change: Any, says: str):
         change(tower)
         assert says in str(one_call.obstacle(tower.vision_model))
         assert torch.equal(tower(pixels(1)), by_modules(tower, pixels(1))) and tower.one_call is None
+        assert says in str(tower.obstacle)
 
 
 def test_another_activation_and_sizes_stay_with_the_modules():
-    for changes in ({"hidden_act": "relu"}, {"hidden_size": 40, "intermediate_size": 40}):
+    for changes, says in (
+        ({"hidden_act": "relu"}, "the activation relu is none of"),
+        ({"hidden_size": 40, "intermediate_size": 40}, "size 40 is no multiple of"),
+    ):
         tower = in_8_bits(pair(**changes)[1])
         assert torch.equal(tower(pixels(1)), by_modules(tower, pixels(1))) and tower.one_call is None
+        assert says in str(tower.obstacle)
 
 
 def test_new_weights_are_seen():

@@ -32,6 +32,10 @@ class Config(Protocol):
     """The fields of tinychat.config.TextConfig that matter here."""
 
     @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
     def num_attention_heads(self) -> int: ...
     @property
     def num_key_value_heads(self) -> int: ...
@@ -53,6 +57,9 @@ class CpuDecoder:
     def __init__(self, llm: nn.Module, config: Config) -> None:
         from tinychat_kernels import cpu_decoder
 
+        cpu_decoder.check_sizes(
+            config.hidden_size, config.intermediate_size, config.head_dim
+        )  # before weights are joined
         self._llm = llm
         self._config = config
         self._lock = threading.Lock()
@@ -75,14 +82,11 @@ class CpuDecoder:
         return torch.float16 if model == torch.float32 and not self.kernel.exact else model
 
     @classmethod
-    def of(cls, llm: nn.Module, config: Config) -> CpuDecoder | None:
-        """None where `obstacle` names one, or the kernels do not take the model's sizes."""
-        if obstacle(llm, config) is not None:
-            return None
-        try:
-            return cls(llm, config)
-        except KernelError:
-            return None
+    def of(cls, llm: nn.Module, config: Config) -> CpuDecoder:
+        """Raises KernelError where `obstacle` names one, or the kernels do not take the model's sizes."""
+        if (reason := obstacle(llm, config)) is not None:
+            raise KernelError(reason)
+        return cls(llm, config)
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""

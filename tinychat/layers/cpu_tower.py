@@ -28,6 +28,10 @@ class Config(Protocol):
     """The fields of tinychat.config.VisionConfig that matter here."""
 
     @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
     def num_attention_heads(self) -> int: ...
     @property
     def hidden_act(self) -> str: ...
@@ -41,6 +45,8 @@ class CpuTower:
     def __init__(self, tower: nn.Module, config: Config) -> None:
         from tinychat_kernels import cpu_tower
 
+        sizes = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        cpu_tower.check_sizes(*sizes, config.hidden_act)  # before weights are joined
         self._tower = tower
         self._lock = threading.Lock()
         made: Any = tower
@@ -57,14 +63,11 @@ class CpuTower:
         self._parts = list(_parts(tower))
 
     @classmethod
-    def of(cls, tower: nn.Module, config: Config) -> CpuTower | None:
-        """None where `obstacle` names one, or the kernels do not take the tower's sizes or its activation."""
-        if obstacle(tower) is not None:
-            return None
-        try:
-            return cls(tower, config)
-        except KernelError:
-            return None
+    def of(cls, tower: nn.Module, config: Config) -> CpuTower:
+        """Raises KernelError where `obstacle` names one, or the kernels do not take the tower's sizes or activation."""
+        if (reason := obstacle(tower)) is not None:
+            raise KernelError(reason)
+        return cls(tower, config)
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""

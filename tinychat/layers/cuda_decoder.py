@@ -56,17 +56,14 @@ class CudaDecoder:
         self._parts = list(_parts(llm))
 
     @classmethod
-    def of(cls, llm: nn.Module, config: Config) -> CudaDecoder | None:
-        """None where `obstacle` names one, or the kernels do not take the model's sizes."""
-        if obstacle(llm, config) is not None:
-            return None
+    def of(cls, llm: nn.Module, config: Config) -> CudaDecoder:
+        """Raises KernelError where `obstacle` names one, or the kernels do not take the model's sizes."""
+        if (reason := obstacle(llm, config)) is not None:
+            raise KernelError(reason)
         from tinychat_kernels.cuda_gpu import gpu
 
-        try:
-            device = gpu(_device(llm).index or 0)
-            return cls(llm, config, device, device.processors)
-        except KernelError:
-            return None
+        device = gpu(_device(llm).index or 0)
+        return cls(llm, config, device, device.processors)
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""

@@ -26,6 +26,7 @@ from tinychat.models.llama import LlamaForCausalLM
 from tinychat.models.llava_base.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from tinychat.models.vila_forward import Forward, ForwardArgs
 from tinychat.models.vila_fusion import IMAGE_TOKEN_INDEX
+from tinychat_kernels.errors import KernelError
 
 CHUNK = 512  # tokens of a prefill chunk: activation memory does not grow with the prompt
 OWNED_CAPACITY = 4096  # tokens a row of a cache that nobody sized
@@ -59,6 +60,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         config = config or self.config
         self._owned: KVCache | None = None
         self._one_call: CpuDecoder | CudaDecoder | None = None
+        self.obstacle: str | None = None  # to running the decoder as a whole, when that was last tried
         self.kv_dtype: torch.dtype | None = None
         self.llm = LlamaForCausalLM(config.text)
         self.build_vision(config.vision, config.projector)
@@ -202,7 +204,11 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         """Whether kernels run the decoder as a whole: asked at each prefill, since modules may be changed."""
         if self._one_call is None or not self._one_call.is_current():
             way = CudaDecoder if self.device.type == "cuda" else CpuDecoder
-            self._one_call = way.of(self.llm, self.llm.config)
+            self._one_call, self.obstacle = None, None
+            try:
+                self._one_call = way.of(self.llm, self.llm.config)
+            except KernelError as error:
+                self.obstacle = str(error)
 
     # The cache that the model owns: a plain attribute, outside state_dict, pickle and deepcopy.
 

@@ -13,6 +13,7 @@ from tinychat.layers.cpu_tower import CpuTower
 from tinychat.layers.parallel import WeightSource
 from tinychat.models.clip import CLIPVisionTransformer, check_pixels
 from tinychat.models.siglip import SiglipVisionTransformer
+from tinychat_kernels.errors import KernelError
 
 _TOWERS = {"clip": CLIPVisionTransformer, "siglip": SiglipVisionTransformer}
 
@@ -25,6 +26,7 @@ class VisionTower(nn.Module):
         self.config = VisionConfig.of(config)
         self.vision_model = _TOWERS[self.config.family]("vision_model", self.config, weights)
         self._one_call: CpuTower | None = None
+        self.obstacle: str | None = None  # to running it as a whole, when that was last tried
 
     def forward(self, pixels: Tensor) -> Tensor:
         keeps_gradients = pixels.requires_grad and torch.is_grad_enabled()
@@ -42,7 +44,11 @@ class VisionTower(nn.Module):
     def one_call(self) -> CpuTower | None:
         """The tower as one call of the CPU kernels a picture; None where its modules run. Modules may be changed."""
         if self._one_call is None or not self._one_call.is_current():
-            self._one_call = CpuTower.of(self.vision_model, self.config)
+            self._one_call, self.obstacle = None, None
+            try:
+                self._one_call = CpuTower.of(self.vision_model, self.config)
+            except KernelError as error:
+                self.obstacle = str(error)
         return self._one_call
 
     def _apply(self, fn: Any, recurse: bool = True) -> VisionTower:
