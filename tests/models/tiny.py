@@ -62,6 +62,7 @@ def text_pair(family: str, **changes: Any) -> tuple[PreTrainedModel, VilaLlamaFo
     """A decoder of transformers and ours."""
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(FAMILIES[family](**{**TEXT, **changes})).eval()
     shake(theirs)
     return theirs, ours_of(theirs)
@@ -71,6 +72,7 @@ def llava_pair(vision: dict[str, Any] | None = None, **changes: Any) -> tuple[Pr
     """A LLaVA-1.5 of transformers and ours."""
     tower = CLIPVisionConfig(**{**VISION, **(vision or {})})
     config = LlavaConfig(vision_config=tower, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE_ID, **changes)
+    torch.manual_seed(0)
     theirs = LlavaForConditionalGeneration(config).eval()
     shake(theirs)
     return theirs, ours_of(theirs)
