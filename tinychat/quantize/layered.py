@@ -170,11 +170,9 @@ class Layered:
 
     def _resumed(self) -> int | None:
         """The layers that an earlier run has done, whose figures and states are taken over; None where it did none."""
-        try:
-            kept = json.loads((self.folder / KEPT).read_bytes())
-        except FileNotFoundError:
-            kept = {"asked": None}
-        if kept["asked"] != self._asked:
+        path = self.folder / KEPT
+        kept: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+        if kept.get("asked") != self._asked:
             shutil.rmtree(self.folder, ignore_errors=True)
             return None
         for name, figures in kept["figures"].items():
