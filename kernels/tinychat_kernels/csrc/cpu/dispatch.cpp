@@ -105,13 +105,4 @@ Isa isa() {
 
 void set_isa(Isa isa) { chosen.store(static_cast<int>(isa), std::memory_order_relaxed); }
 
-bool has_avx512_bf16() {
-#if defined(__x86_64__)
-    static const bool found = has_avx512() && leaf7_1_eax(5);
-    return found;
-#else
-    return false;
-#endif
-}
-
 }  // namespace tinychat

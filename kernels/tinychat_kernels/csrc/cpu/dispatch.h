@@ -34,7 +34,6 @@
 #define TINYCHAT_AVX2 "avx2,fma,f16c"
 #define TINYCHAT_AVXVNNI "avx2,fma,f16c,avxvnni"
 #define TINYCHAT_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
-#define TINYCHAT_AVX512BF16 TINYCHAT_AVX512 ",avx512bf16"
 #if defined(__clang__)
 #define TINYCHAT_DOTPROD "dotprod"
 #define TINYCHAT_I8MM "dotprod,i8mm"
@@ -56,8 +55,5 @@ bool supported(Isa isa);
 Isa isa();
 void set_isa(Isa isa);  // one that is supported
 Isa best_isa();
-
-// Dot products of bfloat16 in 512 bits; only looked at where isa() is avx512.
-bool has_avx512_bf16();
 
 }  // namespace tinychat
