@@ -7,6 +7,7 @@ several processes may build at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +31,7 @@ LINK_FLAGS = ("-shared", "-pthread")
 MARK = b"tinychat CPU kernels, sources "  # stands before the digest in a library
 DIGEST_LENGTH = 24
 SHOWN_LINES = 3  # of what a compiler says
+KEPT_SECONDS = 30 * 24 * 3600
 
 
 def installed() -> Path | None:
@@ -43,7 +46,17 @@ def built(folder: Path) -> Path:
     path = _path_in(folder, compiler)
     if not path.exists():
         compile_library(path, compiler, folder)
+        _clear_old(folder)
     return path
+
+
+def _clear_old(folder: Path) -> None:
+    """Remove what was made of other sources or by other compilers a month ago and more, and what was cut off then."""
+    before = time.time() - KEPT_SECONDS
+    for path in (path for path in folder.iterdir() if path.suffix in {".o", ".so"}):
+        with contextlib.suppress(FileNotFoundError):  # another process clears as well
+            if path.stat().st_mtime < before:
+                path.unlink()
 
 
 def waits_for_compiler(folder: Path) -> bool:

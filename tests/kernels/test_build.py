@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,6 +51,24 @@ def test_a_changed_source_is_compiled_again_and_nothing_else(sources: Path, tmp_
     assert answer(build.built(cache)) == 8
     assert len(list(cache.glob("other-*.o"))) == 2
     assert not list(cache.glob("tmp*"))
+
+
+@needs_compiler
+def test_what_is_a_month_old_goes_when_something_new_is_compiled(sources: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    old = build.built(cache)
+    foreign, cut_off = cache / "notes.txt", cache / "tmpabc.so"
+    for path in (foreign, cut_off):
+        path.write_text("")
+    for path in cache.iterdir():
+        month_ago = time.time() - build.KEPT_SECONDS - 60
+        os.utime(path, (month_ago, month_ago))
+    assert build.built(cache) == old and cut_off.exists()
+    (sources / "answer.h").write_text("#define ANSWER 43\n")
+    new = build.built(cache)
+    assert answer(new) == 43 and foreign.exists()
+    left = sorted(path.name.partition("-")[0] for path in cache.iterdir())
+    assert left == ["answer", "cpu", "digest", "notes.txt", "other"]
 
 
 @needs_compiler
