@@ -364,6 +364,16 @@ def test_a_damaged_conversation_is_refused_and_nothing_changes(
     assert (talked.messages, talked.system, talked.sampling) == before
 
 
+def test_a_conversation_saved_before_a_sampling_setting_existed_is_read(talked: Session, tmp_path: Path) -> None:
+    data = talked.to_dict()
+    for name in ("watermark", "top_n_tokens", "prompt_logprobs"):
+        del data["sampling"][name]
+    file = tmp_path / "older.json"
+    file.write_text(json.dumps(data))
+    other, _ = reload(talked, file)
+    assert other.sampling == talked.sampling
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

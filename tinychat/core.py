@@ -71,6 +71,8 @@ class SamplingParams:
     """How a token is drawn. Names and ranges are those of transformers' GenerationConfig; temperature 0 is greedy.
 
     Frequency and presence penalties count generated tokens only; repetition_penalty counts the prompt's text too.
+    `watermark` marks the answer (Kirchenbauer et al. 2023), `top_n_tokens` tells so many alternatives to each token,
+    `prompt_logprobs` the log-probability of each of the prompt's tokens.
     """
 
     temperature: float = 0.0
@@ -83,6 +85,9 @@ class SamplingParams:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
+    watermark: bool = False
+    top_n_tokens: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, self.temperature >= 0, "0 or more")
@@ -95,6 +100,7 @@ class SamplingParams:
         for name in ("frequency_penalty", "presence_penalty"):
             value: float = getattr(self, name)
             _check(name, value, -2 <= value <= 2, "from -2 to 2")
+        _check("top_n_tokens", self.top_n_tokens, self.top_n_tokens >= 0, "0 (off) or more")
         if self.seed is not None:
             _check("seed", self.seed, 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
 
@@ -178,13 +184,28 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class TopToken:
+    """One of the likeliest tokens at a place of the answer, by the model's own log-probability."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
-    """One token and the text that became certain with it (empty while a character or a stop string is incomplete)."""
+    """One token and the text that became certain with it (empty while a character or a stop string is incomplete).
+
+    `logprob` is that of the model's logits; `processed_logprob` that of what was drawn from, after penalties and
+    warpers (None where the model itself drew). `top` are the top_n_tokens likeliest, the first is the likeliest.
+    """
 
     request_id: str
     id: int
     text: str
     logprob: float
+    processed_logprob: float | None = None
+    top: tuple[TopToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +230,54 @@ class Failed:
     message: str
     remedy: str
     exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTokens:
+    """The prompt's tokens, one entry each in every field; the first log-probability is nan.
+
+    This and the three classes below are the messages of the same names in LoRAX's generate.proto.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens:
+    """The tokens of one step, one entry each in every field: several where speculation was right.
+
+    `top` are the likeliest tokens at each place (alternative_tokens there), and () where none were asked for.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    texts: tuple[str, ...]
+    is_special: tuple[bool, ...]
+    top: tuple[tuple[TopToken, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedText:
+    """A whole answer. `skipped_tokens` came from speculation, beside the one of each step; `seed` only of a draw."""
+
+    text: str
+    generated_tokens: int
+    skipped_tokens: int
+    finish_reason: FinishReason
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one step made for one request: the prompt's tokens with the first step, the text with the last."""
+
+    request_id: str
+    prefill_tokens: PrefillTokens | None
+    next_tokens: NextTokens
+    generated_text: GeneratedText | None
+    prefill_tokens_length: int
 
 
 Event = Started | Progress | Token | Finished | Failed

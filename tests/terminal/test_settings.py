@@ -74,4 +74,5 @@ def test_the_present_values_are_listed(session: Session) -> None:
 def test_every_setting_is_a_field() -> None:
     names = {field.name for kind in (SamplingParams, StoppingParams) for field in fields(kind)}
     assert set(SETTINGS) <= names
-    assert names - set(SETTINGS) == {"logit_bias", "ignore_eos", "include_stop"}
+    elsewhere = {"logit_bias", "ignore_eos", "include_stop", "watermark", "top_n_tokens", "prompt_logprobs"}
+    assert names - set(SETTINGS) == elsewhere
