@@ -19,10 +19,11 @@ from gpu_checks.random_ops import RANDOM, Case, Sizes
 from gpu_checks.store import Json, Store
 from tinychat_kernels import autoawq, cuda, cuda_golden
 from tinychat_kernels.cuda_golden import CASES, Place
+from tinychat_kernels.int8 import quantize_rows
 
 STAGE = "correctness"
 SEEDS, DRY_SEEDS = 3, 1
-REPEATS, SECONDS = 40, 12.0  # cases of an op, at most
+REPEATS, SECONDS = 40, 6.0  # cases of an op, at most
 COMPILE_SECONDS = 300.0
 AUTOAWQ_BOUND = 5e-3
 
@@ -103,15 +104,17 @@ def same_bits(machine: Machine) -> Json:
 
 
 def opcheck(machine: Machine) -> Json:
-    """torch's own checks of the op that it knows: schema, fake, and compilation."""
+    """torch's own checks of the ops that it knows: schema, fake, and compilation."""
     from tinychat_kernels import cuda_library
 
     packed = random_packed(machine, 272, 256)
+    weight = quantize_rows(machine.numbers(272, 256).float())
     for rows in (1, 9):
         x = machine.numbers(rows, 256)
-        arguments = x, packed.words, packed.scales, None, packed.inputs, packed.outputs, packed.group, packed.scale
-        torch.library.opcheck(cuda_library.linear, arguments)
-    return verdict(True, "tinychat::linear")
+        sizes = packed.inputs, packed.outputs, packed.group, packed.scale
+        torch.library.opcheck(cuda_library.linear, (x, packed.words, packed.scales, None, *sizes))
+        torch.library.opcheck(cuda_library.int8_linear, (x, *weight, None, "gelu"))
+    return verdict(True, "tinychat::linear, tinychat::int8_linear")
 
 
 def of_autoawq(machine: Machine) -> Json:

@@ -38,11 +38,10 @@ def static(machine: Machine, shape: Shape) -> Json:
     depth, count = (DRY_DEPTHS[0], 6) if machine.dry else (DEPTHS[0], STATIC_TOKENS)
     ids = torch.randint(0, shape.vocabulary, (1, depth), device=machine.device)
     stamps = Stamps(machine.wait)
-    with torch.inference_mode():
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
-            cache_implementation="static", streamer=stamps,
-        )  # fmt: skip
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+        cache_implementation="static", streamer=stamps,
+    )  # fmt: skip
     spent = [end - begin for begin, end in zip(stamps.at, stamps.at[1:], strict=False)]
     return {"decode": [_row(depth, statistics.median(spent[-KEPT:]))], "prefill": []}
 

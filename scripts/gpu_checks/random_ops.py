@@ -53,7 +53,7 @@ class Sizes:
         return size
 
 
-def _linear(place: Place, sizes: Sizes, rows: int, most: int = 6144) -> Case:
+def _linear(place: Place, sizes: Sizes, rows: int, most: int = 4608) -> Case:
     group = sizes.draw.choice((32, 64, 128))
     inputs, outputs = sizes.multiple(group, most), sizes.multiple(8, most)
     packed, weight = cuda_golden.w4(place, outputs, inputs, group)
@@ -69,11 +69,11 @@ def gemm(place: Place, sizes: Sizes) -> Case:
 
 
 def decoded(place: Place, sizes: Sizes) -> Case:
-    return _linear(place, sizes, sizes.one(DECODED_ROWS), 1024 if sizes.dry else 6144)
+    return _linear(place, sizes, sizes.one(DECODED_ROWS), 1024 if sizes.dry else 4608)
 
 
 def head8(place: Place, sizes: Sizes) -> Case:
-    inputs, outputs, rows = sizes.multiple(128, 4096), sizes.multiple(8, 40000), sizes.one((1, 4, 8, 12))
+    inputs, outputs, rows = sizes.multiple(128, 4096), sizes.multiple(8, 20000), sizes.one((1, 4, 8, 12))
     packed = cuda.quantize_head(place.numbers(outputs, inputs, salt=1))
     exact = torch.cat(list(cuda.floats(packed, torch.float64)))
     x, out = place.numbers(rows, inputs, salt=2), place.empty(rows, outputs, dtype=torch.float32)

@@ -105,36 +105,31 @@ def _failed(stage: Json) -> Iterator[str]:
 def _kernels(stage: Json) -> Iterator[str]:
     copied = stage.get("copy", {}).get("bytes_per_second", float("nan"))
     yield f"Copy within the device: {copied / GIGA:.0f} GB/s, read and written."
-    names = targets.rivals_of(stage)
+    rivals = stage.get("rivals", {})
     if timed := targets.linears(stage):
-        rows = [_linear(name, found, names) for name, found in timed.items()]
-        yield table(("linear", "µs", "of copy", *(f"{name}, times ours" for name in names)), rows)
-        yield table(("rival", "geometric mean, times ours", "worst shape"), [_mean(stage, name) for name in names])
+        rows = [_linear(stage, name, found) for name, found in timed.items()]
+        yield table(("linear", "µs", "of copy", *(f"{name}, times ours" for name in rivals)), rows)
+    if rivals:
+        rows = [_mean(stage, name, found) for name, found in rivals.items()]
+        yield table(("rival", "geometric mean, times ours", "worst shape", "version"), rows)
     for prefix, head, line in TABLES:
         of_kind = [(name.removeprefix(prefix), found) for name, found in stage.items() if name.startswith(prefix)]
         if rows := [line(name, found, copied) for name, found in of_kind if "right" not in found]:
             yield table(head, rows)
-    if here := stage.get("rivals"):
-        yield table(("rival", "here"), list(here.items()))
     yield from _failed(stage)
 
 
-def _linear(name: str, found: Json, rivals: Sequence[str]) -> Line:
-    ratios = [targets.times(found, rival) for rival in rivals]
-    return [
-        name,
-        _us(found["ours"]),
-        f"{found['of_copy']:.0%}",
-        *("-" if one is None else f"{one:.2f}" for one in ratios),
-    ]
+def _linear(stage: Json, name: str, found: Json) -> Line:
+    ratios = [targets.times(stage, name, rival) for rival in stage.get("rivals", {})]
+    shown = ["-" if one is None else f"{one:.2f}" for one in ratios]
+    return [name, _us(found["ours"]), f"{found['of_copy']:.0%}", *shown]
 
 
-def _mean(stage: Json, rival: str) -> Line:
-    if (found := targets.mean_times(stage, rival)) is not None:
-        mean, least, worst = found
-        return rival, f"{mean:.2f}", f"{least:.2f} ({worst})"
-    all_of = [found["rivals"][rival] for found in targets.linears(stage).values() if rival in found["rivals"]]
-    return rival, "not run", "; ".join(sorted({one["missing"] for one in all_of}))[:160]
+def _mean(stage: Json, rival: str, here: Json) -> Line:
+    if (found := targets.mean_times(stage, rival)) is None:
+        return rival, "not run", here.get("missing", "see below"), here.get("version", "-")
+    mean, least, worst = found
+    return rival, f"{mean:.2f}", f"{least:.2f} ({worst})", here["version"]
 
 
 def _attention(name: str, found: Json, copied: float) -> Line:

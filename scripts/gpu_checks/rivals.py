@@ -20,13 +20,40 @@ SHOWN = 160  # characters of a reason
 Rival = Callable[[Machine, int, int, int, int], list[Callable[[], object]]]  # outputs, inputs, rows, sets -> runs
 
 
-def timed(machine: Machine, name: str, outputs: int, inputs: int, rows: int) -> Json:
+def here() -> Json:
+    """For each rival its version, or why it is missing."""
+    out: Json = {name: {"version": f"torch {torch.__version__}"} for name in ("float16", "tinygemm")}
+    for name in ("gemlite", "marlin"):
+        try:
+            module = importlib.import_module(name)
+            out[name] = {"version": str(getattr(module, "__version__", "installed"))}
+        except FAULTS as error:
+            out[name] = {"missing": f"does not import ({_short(error)})"}
+    return out
+
+
+def asked(found: Json, rows: int, bits: int) -> list[str]:
+    """The rivals that such a linear is compared with."""
+    there = [name for name in RIVALS if "version" in found.get(name, {})]
+    if bits != 4:
+        return [name for name in there if name == "float16"]
+    return [name for name in there if name != "tinygemm" or rows <= TINYGEMM_ROWS]
+
+
+def timed(machine: Machine, name: str, size: tuple[int, int], rows: int) -> Json:
     """A rival's seconds, or in a sentence why there are none."""
+    outputs, inputs = size
     try:
         runs = RIVALS[name](machine, outputs, inputs, rows, machine.sets(outputs * inputs // 2))
         return {"seconds": machine.seconds(runs)}
     except FAULTS as error:
-        return {"missing": (str(error) or type(error).__name__).splitlines()[0][:SHOWN]}
+        return {"missing": _short(error)}
+    finally:
+        machine.forget()
+
+
+def _short(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:SHOWN]
 
 
 def float16(machine: Machine, outputs: int, inputs: int, rows: int, sets: int) -> list[Callable[[], object]]:
@@ -38,8 +65,8 @@ def float16(machine: Machine, outputs: int, inputs: int, rows: int, sets: int) -
 
 def tinygemm(machine: Machine, outputs: int, inputs: int, rows: int, sets: int) -> list[Callable[[], object]]:
     """torch's 4-bit product, in bfloat16, groups of 128."""
-    if rows > TINYGEMM_ROWS or machine.dry:
-        raise NotImplementedError(f"timed on GPUs, up to {TINYGEMM_ROWS} rows")
+    if machine.dry:
+        raise NotImplementedError("its weights are packed otherwise on a CPU")
     x = machine.numbers(rows, inputs, dtype=torch.bfloat16)
     q = torch.randint(0, 256, (outputs, inputs // 2), device=machine.device).to(torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack(q, 8)
@@ -77,15 +104,3 @@ def marlin(machine: Machine, outputs: int, inputs: int, rows: int, sets: int) ->
 
 
 RIVALS: dict[str, Rival] = {"float16": float16, "tinygemm": tinygemm, "gemlite": gemlite, "marlin": marlin}
-
-
-def here() -> Json:
-    """Which rivals are installed, and what is missing of the others."""
-    out: Json = {"float16": f"torch {torch.__version__}", "tinygemm": f"torch {torch.__version__}"}
-    for name in ("gemlite", "marlin", "flash_attn"):
-        try:
-            module = importlib.import_module(name)
-            out[name] = str(getattr(module, "__version__", "installed"))
-        except FAULTS as error:
-            out[name] = f"does not import ({(str(error) or type(error).__name__).splitlines()[0][:SHOWN]})"
-    return out

@@ -22,6 +22,7 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 DONE = "checked: "  # said after each op
 LINES = "-lineinfo"
+QUIET = ("--print-limit", "5", "--report-api-errors", "no")  # libraries try what a driver may refuse
 WRONG = 3
 
 
@@ -38,7 +39,7 @@ def checked(machine: Machine, folder: Path, tool: str | None) -> Json:
     path = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(PLACES))
     if tool is not None and path is None and not machine.dry:
         return {"missing": "compute-sanitizer is not here: it comes with CUDA's toolkit"}
-    under = [] if tool is None or machine.dry else [str(path), "--tool", tool, "--print-limit", "5"]
+    under = [] if tool is None or machine.dry else [str(path), "--tool", tool, *QUIET]
     once = [sys.executable, str(SCRIPT), "--once", *(["--dry-run"] if machine.dry else [])]
     # Each tensor as memory of its own: in torch's pool nobody sees where one ends.
     more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

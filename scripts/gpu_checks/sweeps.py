@@ -25,6 +25,7 @@ STAGE = "kernels"
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 FEW = (1, 16, 512)  # rows at which every shape of every model is timed
 EXTRA = {"4k x 14k": (4096, 14336), "8k x 28k": (8192, 28672)}
+Sized = tuple[str, tuple[int, int], int, int]  # a linear's name, its outputs and inputs, rows, bits of a weight
 TOWERS = {  # of vision: rows, inputs, outputs
     "SigLIP fc1": (729, 1152, 4304), "SigLIP fc2": (729, 4304, 1152), "CLIP qkv": (577, 1024, 3072),
 }  # fmt: skip
@@ -35,13 +36,12 @@ CROSSING = (64, 128, 192, 256, 384, 512, 1024)
 def run(machine: Machine, store: Store) -> None:
     """Everything that is timed alone; what the targets ask about comes first."""
     copied = store.get(STAGE, "copy", lambda: {"bytes_per_second": copy_bandwidth(machine)})
-    store.get(STAGE, "rivals", rivals.here)
-    for name, size, rows in _linears(machine):
+    here = store.get(STAGE, "rivals", rivals.here)
+    for name, size, rows, bits in [*_linears(machine), *_heads(machine)]:
         key = f"linear {name} {size[0]}x{size[1]} rows {rows}"
-        store.get(STAGE, key, partial(linear, machine, copied, size, rows))
-    for name, size, bits in _heads(machine):
-        key = f"linear {name} head, {bits} bits {size[0]}x{size[1]} rows 1"
-        store.get(STAGE, key, partial(linear, machine, copied, size, 1, bits))
+        store.get(STAGE, key, partial(linear, machine, copied, size, rows, bits))
+        for rival in rivals.asked(here, rows, bits):
+            store.get(STAGE, f"{rival} {key}", partial(rivals.timed, machine, rival, size, rows), ours=False)
     for key, find in _others(machine):
         store.get(STAGE, key, find)
 
@@ -65,38 +65,35 @@ def shapes(machine: Machine) -> list[Shape]:
     return [SHAPES["tiny"]] if machine.dry else [shape for shape in SHAPES.values() if shape.name != "tiny"]
 
 
-def _linears(machine: Machine) -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Names, sizes and rows: the targets' shapes and the largest model at every number of rows, the others at few."""
+def _linears(machine: Machine) -> Iterator[Sized]:
+    """The targets' shapes and the largest model at every number of rows, the others at few."""
     if machine.dry:
-        yield from (("tiny", (48, 128), rows) for rows in (1, 12))
+        yield from (("tiny", (48, 128), rows, 4) for rows in (1, 12))
         return
     largest, *others = shapes(machine)
     for rows in ROWS:
-        yield from ((name, size, rows) for name, size in EXTRA.items())
-        yield from ((f"{largest.name} {name}", size, rows) for name, size in largest.linears.items())
+        yield from ((name, size, rows, 4) for name, size in EXTRA.items())
+        yield from ((f"{largest.name} {name}", size, rows, 4) for name, size in largest.linears.items())
     for shape in others:
-        yield from ((f"{shape.name} {name}", size, rows) for name, size in shape.linears.items() for rows in FEW)
+        yield from ((f"{shape.name} {name}", size, rows, 4) for name, size in shape.linears.items() for rows in FEW)
 
 
-def _heads(machine: Machine) -> Iterator[tuple[str, tuple[int, int], int]]:
+def _heads(machine: Machine) -> Iterator[Sized]:
     for shape in shapes(machine):
-        yield from ((shape.name, (shape.vocabulary, shape.hidden), bits) for bits in (8, 4))
+        size = shape.vocabulary, shape.hidden
+        yield from ((f"{shape.name} head, {bits} bits", size, 1, bits) for bits in (8, 4))
 
 
-def linear(machine: Machine, copy: Json, size: tuple[int, int], rows: int, bits: int = 4) -> Json:
-    """Seconds of ours and of each rival, and the part of the copy's bandwidth that ours reads with."""
+def linear(machine: Machine, copy: Json, size: tuple[int, int], rows: int, bits: int) -> Json:
+    """Seconds, and the part of the copy's bandwidth that weights, inputs and outputs are read and written with."""
     outputs, inputs = size
     weights = [random_packed(machine, *size, bits=bits) for _ in range(machine.sets(outputs * inputs * bits // 8))]
     x, out = machine.numbers(rows, inputs), machine.numbers(rows, outputs)
-    ours = machine.seconds([partial(_ours, machine, x, weight, out) for weight in weights])
+    seconds = machine.seconds([partial(_ours, machine, x, weight, out) for weight in weights])
     moved = packed_bytes(weights[0]) + 2 * (x.numel() + out.numel())
     del weights
-    found: Json = {"ours": ours, "bytes": moved, "of_copy": moved / ours / copy["bytes_per_second"], "rivals": {}}
-    for name in rivals.RIVALS:
-        machine.forget()
-        found["rivals"][name] = rivals.timed(machine, name, outputs, inputs, rows)
     machine.forget()
-    return found
+    return {"ours": seconds, "bytes": moved, "of_copy": moved / seconds / copy["bytes_per_second"]}
 
 
 def _ours(machine: Machine, x: Tensor, weight: Packed, out: Tensor) -> None:

@@ -46,15 +46,15 @@ def linears(kernels: Json) -> dict[str, Json]:
     return {name: one for name, one in found.items() if "ours" in one}
 
 
-def times(found: Json, rival: str) -> float | None:
-    """How many times our time a rival took; None where it did not run."""
-    seconds = found["rivals"].get(rival, {}).get("seconds")
-    return None if seconds is None else seconds / found["ours"]
+def times(kernels: Json, name: str, rival: str) -> float | None:
+    """How many times our time a rival took for a linear; None where it did not run."""
+    seconds = kernels.get(f"{rival} linear {name}", {}).get("seconds")
+    return None if seconds is None else seconds / linears(kernels)[name]["ours"]
 
 
 def mean_times(kernels: Json, rival: str) -> tuple[float, float, str] | None:
     """The geometric mean of `times` over shapes, the least, and whose it is; None where the rival never ran."""
-    known = {name: one for name, found in linears(kernels).items() if (one := times(found, rival)) is not None}
+    known = {name: one for name in linears(kernels) if (one := times(kernels, name, rival)) is not None}
     if not known:
         return None
     worst = min(known, key=lambda name: known[name])
@@ -64,11 +64,6 @@ def mean_times(kernels: Json, rival: str) -> tuple[float, float, str] | None:
 def rows_of(name: str) -> int:
     """The rows in a linear's name."""
     return int(name.rpartition(" rows ")[2])
-
-
-def rivals_of(kernels: Json) -> list[str]:
-    """The rivals that were asked, in their order."""
-    return list(dict.fromkeys(rival for found in linears(kernels).values() for rival in found["rivals"]))
 
 
 def _linears(kernels: Json) -> Iterator[Target]:
@@ -82,8 +77,8 @@ def _linears(kernels: Json) -> Iterator[Target]:
             yield Target(f"linear {shape}, 2 to 16 rows: of the copy's bandwidth, at worst", min(few), GEMM)
     wide = [
         one
-        for name, found in linears(kernels).items()
-        if rows_of(name) >= PREFILL_FROM and (one := times(found, "float16")) is not None
+        for name in linears(kernels)
+        if rows_of(name) >= PREFILL_FROM and (one := times(kernels, name, "float16")) is not None
     ]
     if wide:
         yield Target(f"linears from {PREFILL_FROM} rows on: times float16's speed, at worst", min(wide), PREFILL)
@@ -105,7 +100,7 @@ def _length(name: str) -> int:
 
 
 def _rivals(kernels: Json) -> Iterator[Target]:
-    for rival in rivals_of(kernels):
+    for rival in kernels.get("rivals", {}):
         if (found := mean_times(kernels, rival)) is not None:
             mean, least, worst = found
             yield Target(f"geometric mean over the shapes: times {rival}'s speed", mean, AHEAD)
