@@ -126,15 +126,26 @@ class StoppingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One thing to answer: `messages` go through the chat template, `parts` are a raw prompt as it stands."""
+    """One thing to answer: `messages` go through the chat template, `parts` are a raw prompt as it stands.
+
+    `truncate` keeps that many of the prompt's last tokens. Of those that wait, a higher `priority` goes first. What has
+    not ended `deadline` seconds after it was handed in is cut off.
+    """
 
     id: str
     messages: tuple[Message, ...] = ()
     parts: tuple[Part, ...] = ()
     sampling: SamplingParams = SamplingParams()
     stopping: StoppingParams = StoppingParams()
+    truncate: int | None = None
+    priority: int = 0
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
+        if self.truncate is not None:
+            _check("truncate", self.truncate, self.truncate >= 1, "1 or more")
+        if self.deadline is not None:
+            _check("deadline", self.deadline, self.deadline > 0, "above 0")
         if bool(self.messages) == bool(self.parts):
             raise UsageError(f"request {self.id!r} needs either messages or parts", "give exactly one of the two")
 
