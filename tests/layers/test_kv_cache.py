@@ -203,6 +203,22 @@ def test_what_does_not_fit_is_said_with_numbers() -> None:
     assert torch.equal(cache.view(0, 7)[0], draw(2, 7)) and cache.lengths == [7, 7]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_rows_of_several_pools_come_into_a_new_one(dtype) -> None:
+    shape = pool().config
+    caches = [KVPool(shape, 2, capacity, dtype).take(2) for capacity in (4, 9)]
+    for cache, count in zip(caches, (3, 7), strict=True):
+        fill(cache, draw(2, count))
+    caches[0].truncate([3, 0])
+    joined = KVCache.cat([caches[1], caches[0].select([1, 0])])
+    assert joined.lengths == [7, 7, 0, 3] and joined.capacity == 9 and joined.pool is not caches[1].pool
+    for row, (cache, i) in enumerate([(caches[1], 0), (caches[1], 1), (caches[0], 1), (caches[0], 0)]):
+        length = joined.lengths[row]
+        for ours, theirs in zip(joined.export(row, 0, length), cache.export(i, 0, length), strict=True):
+            assert all(map(torch.equal, ours, theirs))
+    assert caches[0].lengths == [3, 0] and caches[1].lengths == [7, 7]
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -213,7 +229,6 @@ def test_what_does_not_fit_is_said_with_numbers() -> None:
         (lambda c: c.write(0, draw(2, 1), draw(2, 1), torch.tensor([0])), "1 start positions came for 2 rows"),
         (lambda c: c.export(0, 1, 4), "tokens 1 to 4 of a cache row of 3 are wanted"),
         (lambda c: c.load(0, 4, [(draw(1, 1)[0], draw(1, 1)[0])] * 2), "a cache row of 3 tokens cannot go on at 4"),
-        (lambda c: KVCache.cat([c, pool().take(1)]), "caches of different pools cannot be joined"),
     ],
 )
 def test_what_cannot_be_is_refused(act, words) -> None:

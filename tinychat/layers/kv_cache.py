@@ -58,6 +58,7 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
         shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
         parts = [(shape, dtype)] * 2 + ([(shape[:3], torch.float32)] * 2 if dtype == torch.int8 else [])
         self.capacity = capacity
@@ -162,10 +163,10 @@ class KVCache:
 
     @staticmethod
     def cat(caches: Sequence[KVCache]) -> KVCache:
-        """All rows of caches of one pool, in order; nothing is copied."""
+        """All rows of caches, in order: of one pool nothing is copied, of several they come into a new one."""
         pool = caches[0].pool
         if any(cache.pool is not pool for cache in caches):
-            raise UsageError("caches of different pools cannot be joined", "take the rows from one pool")
+            return _joined(caches)
         return KVCache(pool, [r for c in caches for r in c.rows], [n for c in caches for n in c.lengths])
 
     def export(self, row: int, start: int, end: int) -> list[Parts]:
@@ -192,6 +193,17 @@ class KVCache:
             for to, part in zip(held, _as(held, given), strict=True):
                 to[slot, :, start : start + count] = part
         self.lengths[row] = start + count
+
+
+def _joined(caches: Sequence[KVCache]) -> KVCache:
+    """Copies of all rows, in a pool like the first one that has room for the longest."""
+    first, rows = caches[0].pool, [(cache, i) for cache in caches for i in range(len(cache))]
+    capacity = max(cache.capacity for cache in caches)
+    joined = KVPool(first.config, len(rows), capacity, first.dtype, first.device).take(len(rows))
+    for to, (cache, row) in enumerate(rows):
+        if length := cache.lengths[row]:
+            joined.load(to, 0, cache.export(row, 0, length))
+    return joined
 
 
 def _as(held: Parts, given: Parts) -> Parts:
