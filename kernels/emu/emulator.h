@@ -66,8 +66,8 @@ inline Thread& here() {
 // Waits until all threads of the block that still run have come, and adds up their values.
 int barrier(int value);
 
-// The lanes of `mask` come together with an argument each; then `act` runs once. Lanes that are not in the mask, or have
-// ended, have no argument (nullptr).
+// The lanes of `mask` come together with an argument each; then `act` runs once. Lanes that are not in the mask, or
+// have ended, have no argument (nullptr).
 using Act = void (*)(void* const* arguments);
 void meet(unsigned mask, Act act, void* argument);
 constexpr unsigned kWarp = 0xffffffffu;

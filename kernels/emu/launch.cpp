@@ -1,4 +1,5 @@
-// The emulator's C interface: launches, and memory with guards. A fault inside a kernel ends the launch, not the process.
+// The emulator's C interface: launches, and memory with guards. A fault inside a kernel ends the launch, not the
+// process.
 #include <csignal>
 #include <cstdio>
 #include <thread>

@@ -14,8 +14,8 @@
 
 namespace emu {
 
-// Which of the threads that can run does so. Greedy: always the first (or last) of the block, so that warps drift apart as
-// far as barriers let them.
+// Which of the threads that can run does so. Greedy: always the first (or last) of the block, so that warps drift apart
+// as far as barriers let them.
 enum class Order { forward, reverse, greedy_forward, greedy_reverse };
 
 struct Arguments {  // as the calling conventions of x86-64 and aarch64 pass them

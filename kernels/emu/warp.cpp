@@ -94,8 +94,9 @@ struct Int8 {
     static int value(unsigned word, int i) { return static_cast<int8_t>(word >> (8 * i)); }
 };
 
-// d [Rows, 8] = a [Rows, depth] b [depth, 8] + c, as PTX lays out the fragments: with w values a word, word (r, k) of a holds
-// row g + 8r, columns w*(4k + t) on; of b column g; d has row g + 8r, columns 2t and 2t+1 in elements 2r and 2r+1.
+// d [Rows, 8] = a [Rows, depth] b [depth, 8] + c, as PTX lays out the fragments: with w values a word, word (r, k) of a
+// holds row g + 8r, columns w*(4k + t) on; of b column g; d has row g + 8r, columns 2t and 2t+1 in elements 2r and
+// 2r+1.
 template <class Type, int Rows, int Depth>
 void act_product(void* const* lanes) {
     check_whole(lanes, "mma");

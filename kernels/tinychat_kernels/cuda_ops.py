@@ -229,7 +229,7 @@ def sample(launch: Launch, logits: Tensor, draw: Draw, positions: Tensor) -> Non
         logits, draw.temperature, draw.scratch, vocabulary,
     )  # fmt: skip
     launch(
-        "sample", f"sample_pick_{kind}", (rows, 1, 1), 256, 2 * SCRATCH,
+        "sample", f"sample_pick_{kind}", (rows, 1, 1), 256, 16 * SAMPLE_BLOCKS + 2 * SCRATCH,
         logits, draw.temperature, draw.uniform, draw.scratch, draw.tokens, draw.logprobs, positions, vocabulary,
         SAMPLE_BLOCKS,
     )  # fmt: skip

@@ -31,12 +31,12 @@ extern "C" __global__ void barriers(const int* x, int* out, int threads_that_lea
     out[i * 3 + 2] = shared[n - 1 - (i - threads_that_leave)];
 }
 
-extern "C" __global__ void arguments(int a, long long b, float c, const int* d, int e, float f, int g, int h, int i, float j,
-                                     float k, float l, float m, float n, float o, float p, float q, float r, int s,
-                                     float* out) {
-    const float all[] = {static_cast<float>(a), static_cast<float>(b), c, static_cast<float>(*d), static_cast<float>(e), f,
-                         static_cast<float>(g), static_cast<float>(h), static_cast<float>(i), j, k, l, m, n, o, p, q, r,
-                         static_cast<float>(s)};
+extern "C" __global__ void arguments(int a, long long b, float c, const int* d, int e, float f, int g, int h, int i,
+                                     float j, float k, float l, float m, float n, float o, float p, float q, float r,
+                                     int s, float* out) {
+    const float all[] = {static_cast<float>(a), static_cast<float>(b), c, static_cast<float>(*d),
+                         static_cast<float>(e), f, static_cast<float>(g), static_cast<float>(h),
+                         static_cast<float>(i), j, k, l, m, n, o, p, q, r, static_cast<float>(s)};
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     if (thread < 19) out[block * 19 + thread] = all[thread];
@@ -57,7 +57,9 @@ __device__ void product(const u32* a, const typename Type::One* b, const float* 
     mma<Type>(sums, rows, columns, start);
     for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
-extern "C" __global__ void product_f16(const u32* a, const __half* b, const float* c, float* d) { product<F16>(a, b, c, d); }
+extern "C" __global__ void product_f16(const u32* a, const __half* b, const float* c, float* d) {
+    product<F16>(a, b, c, d);
+}
 #ifdef TINYCHAT_BF16
 extern "C" __global__ void product_bf16(const u32* a, const __nv_bfloat16* b, const float* c, float* d) {
     product<BF16>(a, b, c, d);

@@ -217,3 +217,10 @@ def test_several_processes_may_compile_at_once(sources: Path, tmp_path: Path) ->
     running = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) for _ in range(3)]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_lines_of_cuda_sources_are_short() -> None:
+    emulator = Path(__file__).parents[2] / "kernels" / "emu"
+    paths = [*cuda_build.SOURCES.glob("*.cu*"), *emulator.glob("*.h"), *emulator.glob("*.cpp")]
+    lines = [(path.name, line) for path in paths for line in path.read_text("utf-8").splitlines()]
+    assert len(paths) > 15 and [name for name, line in lines if len(line) > 120] == []

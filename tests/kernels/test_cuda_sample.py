@@ -137,7 +137,8 @@ DEFECTS = {
     "neighbours overlap": ("min(first + each, part.end)", "min(first + each + 1, part.end)"),
     "the position stays": ("positions[row] += 1;", ""),
     "another row's temperature": ("inverse_of(temperature[blockIdx.y])", "inverse_of(temperature[0])"),
-    "rows are mixed": ("parts + row * blocks", "parts"),
+    "parts are read before all are there": ("blocks + thread];\n    __syncthreads();", "blocks + thread];"),
+    "rows are mixed": ("parts[row * blocks + ", "parts["),
 }  # fmt: skip
 
 

@@ -1,115 +1,22 @@
 // Attention of single tokens over a cache: parts of the keys run beside each other, and are combined afterwards.
 //
-// A block is a part of a row's keys with up to 8 query heads that share them; a warp takes every fourth tile of 16 keys,
-// straight from memory into fragments. Keys, then values, are a (16 keys, or 16 channels, are its rows), query heads are
-// the 8 columns of b. Channels may stand in any order in a fragment as long as both sides have the same, so that a lane
-// loads 16 bytes at a time. Lane = 4g + t, as device.cuh says of mma.
-#include "rows.cuh"
+// A block is a part of a row's keys with up to 8 query heads that share them; a warp takes every fourth tile of 16
+// keys, straight from memory into fragments. Keys, then values, are a (16 keys, or 16 channels, are its rows), query
+// heads are the 8 columns of b. Channels may stand in any order in a fragment as long as both sides have the same, so
+// that a lane loads 16 bytes at a time. Lane = 4g + t, as device.cuh says of mma.
+#include "attn_cache.cuh"
 
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
-constexpr int kTile = 16;       // keys that a warp takes at a time
+constexpr int kTile = 16;          // keys that a warp takes at a time
 constexpr int kRound = 2 * kTile;  // parts are multiples of so many keys
-constexpr int kHeads = 8;       // query heads of a block
+constexpr int kHeads = 8;          // query heads of a block
 constexpr int kMostSplits = kThreads;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr u32 kAll = 0xffffffffu;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
-
-// So many words from memory that is read once.
-template <int words>
-struct Words {
-    u32 at[words];
-
-    __device__ __forceinline__ void load(const unsigned char* from) {
-        if constexpr (words == 4) {
-            const uint4 four = load_once(from);
-            at[0] = four.x, at[1] = four.y, at[2] = four.z, at[3] = four.w;
-        } else if constexpr (words == 2) {
-            const uint2 two = __ldg(reinterpret_cast<const uint2*>(from));
-            at[0] = two.x, at[1] = two.y;
-        } else {
-            at[0] = __ldg(reinterpret_cast<const u32*>(from));
-        }
-    }
-};
-
-// Whether a weight of this type is too coarse: its rest is multiplied too.
-template <class Type>
-constexpr bool kCoarse = true;
-template <>
-constexpr bool kCoarse<F16> = false;
-
-// A cache of the activations' type.
-template <class Type>
-struct Plain {
-    using Math = Type;
-    static constexpr int kBytes = 2;
-    static constexpr bool kScaled = false;
-
-    // Four channels of a key from its words: two words of two.
-    template <int words>
-    __device__ static __forceinline__ void key(const Words<words>& from, int step, u32 (&out)[2]) {
-        out[0] = from.at[2 * step];
-        out[1] = from.at[2 * step + 1];
-    }
-    // Channels 2i and 2i + 1 of two keys: a word for each channel.
-    template <int words>
-    __device__ static __forceinline__ void values(const Words<words>& first, const Words<words>& second, int i,
-                                                  u32 (&out)[2]) {
-        out[0] = __byte_perm(first.at[i], second.at[i], 0x5410);
-        out[1] = __byte_perm(first.at[i], second.at[i], 0x7632);
-    }
-};
-
-// A cache of int8, whose numbers are exact in half precision; scales come later.
-struct Rounded {
-    using Math = F16;
-    static constexpr int kBytes = 1;
-    static constexpr bool kScaled = true;
-
-    // Bytes x + 128 in the order of the selector -> halves x: 0x6400 | byte is 1024 + byte.
-    __device__ static __forceinline__ u32 halves(u32 bytes, u32 selector) {
-        const u32 magic = __byte_perm(bytes, 0x64646464u, selector), offset = 0xe480e480u;  // -1152
-        return bit_cast<u32>(__hadd2(bit_cast<__half2>(magic), bit_cast<__half2>(offset)));
-    }
-    template <int words>
-    __device__ static __forceinline__ void key(const Words<words>& from, int step, u32 (&out)[2]) {
-        const u32 bytes = from.at[step] ^ 0x80808080u;
-        out[0] = halves(bytes, 0x4140);
-        out[1] = halves(bytes, 0x4342);
-    }
-    template <int words>
-    __device__ static __forceinline__ void values(const Words<words>& first, const Words<words>& second, int i,
-                                                  u32 (&out)[2]) {
-        const u32 pairs = __byte_perm(first.at[i / 2], second.at[i / 2], i % 2 ? 0x7362 : 0x5140) ^ 0x80808080u;
-        out[0] = halves(pairs, 0x4140);
-        out[1] = halves(pairs, 0x4342);
-    }
-};
-
-// How the channels of a head lie in fragments. A lane's place in a row ends with the row: what it has twice then meets
-// zeros of q, or gives sums that nobody wants.
-template <int Dim, class Cache>
-struct Shape {
-    static constexpr int kRow = Dim * Cache::kBytes;
-    static constexpr int kKeyWords = kRow >= 64 ? 4 : kRow / 16, kValueWords = kRow >= 80 ? 4 : kRow / 32;
-    static constexpr int kKeyChunk = 16 * kKeyWords, kValueChunk = 32 * kValueWords;  // bytes: 4 lanes, 8 lanes
-    static constexpr int kKeyChunks = (kRow + kKeyChunk - 1) / kKeyChunk;
-    static constexpr int kValueChunks = (kRow + kValueChunk - 1) / kValueChunk;
-    static constexpr int kPieces = kRow > 256 ? 4 : 1;  // that a tile's keys, and its values, are loaded in
-    static constexpr int kKeyPiece = kKeyChunks / kPieces, kValuePiece = kValueChunks / kPieces;
-    static constexpr int kSteps = kKeyWords / Cache::kBytes;        // of 16 channels, a chunk: 4 of them a lane
-    static constexpr int kTiles = 2 * kValueWords / Cache::kBytes;  // of 16 channels, a chunk: 2 of them a lane
-    static_assert(kKeyChunks % kPieces == 0 && kValueChunks % kPieces == 0, "pieces are of one size");
-
-    __device__ static __forceinline__ int key_byte(int chunk, int t) { return chunk * kKeyChunk + 4 * kKeyWords * t; }
-    __device__ static __forceinline__ int value_byte(int chunk, int g) {
-        return chunk * kValueChunk + 4 * kValueWords * g;
-    }
-};
 
 struct Row {
     int slot, first, end;  // keys first to end - 1 are seen
@@ -122,8 +29,8 @@ __device__ __forceinline__ Row row_of(const int* positions, const int* slots, co
     return {slots[row], max(max(begin, 0), window > 0 ? last + 1 - window : 0), last + 1};
 }
 
-// What a warp knows of its share of the keys, for query heads 2t and 2t + 1: the largest exponent so far, and in units of
-// its power the sum of this lane's weights, and the weighted sum of values.
+// What a warp knows of its share of the keys, for query heads 2t and 2t + 1: the largest exponent so far, and in units
+// of its power the sum of this lane's weights, and the weighted sum of values.
 template <class Type, int Dim, class Cache>
 struct Attention {
     using S = Shape<Dim, Cache>;
@@ -179,8 +86,8 @@ struct Attention {
         }
     }
 
-    // q of head g, at this lane's channels; zeros where there is no such head or channel. For int8, a power of 2 is taken
-    // out, so that every q fits half precision.
+    // q of head g, at this lane's channels; zeros where there is no such head or channel. For int8, a power of 2 is
+    // taken out, so that every q fits half precision.
     __device__ __forceinline__ void load_q(const typename Type::One* from, bool there, float scale) {
         u32 largest = 0;
 #pragma unroll
@@ -239,8 +146,8 @@ struct Attention {
         return x;
     }
 
-    // Scores become weights of values. A value's scale goes into the exponent, and the largest exponent is taken off, so
-    // that no weight is above 1 and the largest is 1 whatever the scales are.
+    // Scores become weights of values. A value's scale goes into the exponent, and the largest exponent is taken off,
+    // so that no weight is above 1 and the largest is 1 whatever the scales are.
     __device__ __forceinline__ void weigh(int tile, float (&scores)[4]) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {

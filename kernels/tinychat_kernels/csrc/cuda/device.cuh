@@ -127,7 +127,8 @@ __device__ __forceinline__ void load_matrix_transposed(u32 (&out)[4], const void
 #endif
 }
 
-// A matrix of 8x8 numbers of 16 bits that a warp holds, row g's columns 2t and 2t + 1 in lane 4g + t, with rows for columns.
+// A matrix of 8x8 numbers of 16 bits that a warp holds, row g's columns 2t and 2t + 1 in lane 4g + t, with rows for
+// columns.
 __device__ __forceinline__ u32 transpose_matrix(u32 word) {
 #ifdef TINYCHAT_EMU
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;

@@ -1,4 +1,5 @@
-// Rotary positions for q and k, and the write of k and v into the cache, in one pass over what a linear gave for all three.
+// Rotary positions for q and k, and the write of k and v into the cache, in one pass over what a linear gave for all
+// three.
 #include "rows.cuh"
 
 namespace {
@@ -65,7 +66,8 @@ struct Plain {
     using T = typename Type::One;
     T* to;
 
-    __device__ __forceinline__ void write(const Halves& halves, long long at, int dim, int lane, int, bool active) const {
+    __device__ __forceinline__ void write(const Halves& halves, long long at, int dim, int lane, int,
+                                          bool active) const {
         if (active) halves.store<Type>(to + at * dim + kVector * lane, dim / 2);
     }
 };

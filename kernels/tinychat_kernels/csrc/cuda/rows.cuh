@@ -65,7 +65,9 @@ __device__ __forceinline__ T join_block(T value, T none, T* scratch) {
 __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
 // What a step of int8 is worth where the largest magnitude has these bits: int8.py's rule.
-__device__ __forceinline__ float step_of(u32 largest) { return largest == 0 ? 1.0f : __uint_as_float(largest) / 127.0f; }
+__device__ __forceinline__ float step_of(u32 largest) {
+    return largest == 0 ? 1.0f : __uint_as_float(largest) / 127.0f;
+}
 
 // 8 numbers in such steps, to the nearest; 0 for what is no number. The quotient is rounded as a division's would be.
 __device__ __forceinline__ uint2 to_int8(const float (&values)[kVector], float step) {

@@ -79,7 +79,8 @@ __device__ __forceinline__ void sample_parts(const typename Type::One* logits, c
     plain = join_block<Sum>(plain, 0.0f, sums);
     tempered = join_block<Sum>(tempered, 0.0f, sums + kMostWarps);
     if (threadIdx.x == 0) {
-        parts[blockIdx.y * gridDim.x + blockIdx.x] = make_float4(most.logit, __int_as_float(most.index), plain, tempered);
+        parts[blockIdx.y * gridDim.x + blockIdx.x] =
+            make_float4(most.logit, __int_as_float(most.index), plain, tempered);
     }
 }
 
@@ -152,22 +153,26 @@ __device__ __forceinline__ int pick(const typename Type::One* row, const Part& p
     return join_block<Largest>(found, -1, reinterpret_cast<int*>(scratch + kMostWarps));
 }
 
-// A block a row. Shared memory: room for joining, twice.
+// A block a row. Shared memory: the parts, and room for joining, twice.
 template <class Type>
 __device__ __forceinline__ void sample_pick(const typename Type::One* logits, const float* temperature,
                                             const float* uniform, const float4* parts, int* tokens, float* logprobs,
                                             int* positions, int vocabulary, int blocks) {
-    const int row = blockIdx.x;
+    const int row = blockIdx.x, thread = threadIdx.x;
+    float4* staged = shared_memory<float4>();
+    if (thread < blocks) staged[thread] = parts[row * blocks + thread];
+    __syncthreads();
     const typename Type::One* own = logits + static_cast<long long>(row) * vocabulary;
     const float inverse = inverse_of(temperature[row]);
-    const Joined all = join_parts(parts + row * blocks, blocks, inverse, uniform[row]);
+    const Joined all = join_parts(staged, blocks, inverse, uniform[row]);
     int token = min(all.most.index, vocabulary - 1);
     if (temperature[row] > 0 && all.part >= 0) {
         const Part part = part_of(all.part, blocks, vocabulary);
-        const int drawn = pick<Type>(own, part, all.most.logit, inverse, all.left, shared_memory<float>());
+        float* scratch = reinterpret_cast<float*>(staged + blocks);
+        const int drawn = pick<Type>(own, part, all.most.logit, inverse, all.left, scratch);
         token = drawn < 0 ? token : drawn;
     }
-    if (threadIdx.x > 0) return;
+    if (thread > 0) return;
     tokens[row] = token;
     logprobs[row] = Type::to_float(own[token]) - all.most.logit - logf(all.plain);
     positions[row] += 1;

@@ -1,5 +1,6 @@
-// Many rows times packed weights on tensor cores: tiles of x and of weights come in stages of asynchronous copies, weights
-// become 16-bit numbers between shared memory and mma. Inputs may be split over blocks, whose sums w4_reduce adds up.
+// Many rows times packed weights on tensor cores: tiles of x and of weights come in stages of asynchronous copies,
+// weights become 16-bit numbers between shared memory and mma. Inputs may be split over blocks, whose sums w4_reduce
+// adds up.
 #include "w4_tiles.cuh"
 
 namespace {
@@ -153,8 +154,8 @@ struct Gemm {
         }
     }
 
-    // Steps of a stage's inputs, from begin to end. One barrier a step: behind it the step's copies have landed for all, and
-    // the stage of the step before, which is filled anew, is read no more.
+    // Steps of a stage's inputs, from begin to end. One barrier a step: behind it the step's copies have landed for
+    // all, and the stage of the step before, which is filled anew, is read no more.
     __device__ __forceinline__ void run(Stage* stages, int begin, int end) {
         Copies copies(of, first_row, first_tile, begin);
 #pragma unroll
@@ -216,8 +217,8 @@ struct Gemm {
 
 // Two neighbours of a row, as far as they are there.
 template <class Type>
-__device__ __forceinline__ void store_pair(typename Type::One* out, const typename Type::One* bias, int outputs, int row,
-                                           int output, float first, float second) {
+__device__ __forceinline__ void store_pair(typename Type::One* out, const typename Type::One* bias, int outputs,
+                                           int row, int output, float first, float second) {
     if (output >= outputs) return;
     const bool both = output + 1 < outputs;
     if (bias != nullptr) {
@@ -233,8 +234,8 @@ __device__ __forceinline__ void store_pair(typename Type::One* out, const typena
     }
 }
 
-// x [rows, inputs], rows x_stride apart; bias [outputs] or null; out [rows, outputs]. With several splits (gridDim.z), out
-// and bias wait for w4_reduce, and each split leaves its sums in parts [splits, rows, outputs rounded up to 16].
+// x [rows, inputs], rows x_stride apart; bias [outputs] or null; out [rows, outputs]. With several splits (gridDim.z),
+// out and bias wait for w4_reduce, and each split leaves its sums in parts [splits, rows, outputs rounded up to 16].
 template <class Type, int Group, int Rows, int RowWarps, int Slices>
 __device__ __forceinline__ void gemm(const typename Type::One* x, const uint4* words, const uint2* scales,
                                      const typename Type::One* bias, typename Type::One* out, float* parts, int rows,
@@ -263,7 +264,8 @@ __device__ __forceinline__ void gemm(const typename Type::One* x, const uint4* w
     }
 }
 
-// parts [splits, rows, width], width a multiple of 16 -> out [rows, outputs]: the sums of all splits in order, and bias.
+// parts [splits, rows, width], width a multiple of 16 -> out [rows, outputs]: the sums of all splits in order, and
+// bias.
 template <class Type>
 __device__ __forceinline__ void reduce(const float* parts, const typename Type::One* bias, typename Type::One* out,
                                        int rows, int outputs, int splits) {

@@ -1,4 +1,5 @@
-// Up to 8 rows times packed weights: a block computes 16 outputs, its warps share the inputs, every weight is read once.
+// Up to 8 rows times packed weights: a block computes 16 outputs, its warps share the inputs, every weight is read
+// once.
 //
 // Weights are a, rows of x are the columns of b: a column depends on no other, so what a row gives depends on it alone.
 #include "w4_tiles.cuh"

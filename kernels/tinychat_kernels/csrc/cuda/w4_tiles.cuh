@@ -1,11 +1,11 @@
 // Weights in tiles of 16 outputs times 64 inputs, and how they become 16-bit numbers. cuda_layout.py packs them.
 //
 // A lane's 16 bytes of a tile are four words, one for 16 inputs each. With g = lane / 4 and t = lane % 4, word s holds
-// inputs 16s + 2t, +1, +8, +9 of outputs g and g + 8: just the fragment that mma takes as 16 rows of a, and as two times
-// 8 columns of b. Pair p of a word is the fragment's word p: output g + 8 (p & 1), inputs 16s + 2t + 8 (p >> 1) and the
-// next; its two nibbles lie at bits 4p and 4p + 16. Two tiles (128 inputs) are a unit. 8-bit weights have two planes a
-// unit: q = 16 (high - 8) + low. A group's scale is a float whose lowest 8 bits are its zero point; those of outputs g and
-// g + 8 lie together.
+// inputs 16s + 2t, +1, +8, +9 of outputs g and g + 8: just the fragment that mma takes as 16 rows of a, and as two
+// times 8 columns of b. Pair p of a word is the fragment's word p: output g + 8 (p & 1), inputs 16s + 2t + 8 (p >> 1)
+// and the next; its two nibbles lie at bits 4p and 4p + 16. Two tiles (128 inputs) are a unit. 8-bit weights have two
+// planes a unit: q = 16 (high - 8) + low. A group's scale is a float whose lowest 8 bits are its zero point; those of
+// outputs g and g + 8 lie together.
 #pragma once
 
 #include "device.cuh"
@@ -47,8 +47,8 @@ struct Zeros {
     u32 first, second;
 };
 
-// Which bits of a word are taken at a time. A constant the compiler would write into a register before each use, so these
-// come from a value that it does not know: the upper bits of the number of inputs, which are 0.
+// Which bits of a word are taken at a time. A constant the compiler would write into a register before each use, so
+// these come from a value that it does not know: the upper bits of the number of inputs, which are 0.
 struct Masks {
     u32 low, high;
     __device__ __forceinline__ explicit Masks(int inputs)
