@@ -1,4 +1,4 @@
-"""The sampler: equal to transformers' processors, a private stream, and errors in sentences."""
+"""The sampler: the steps of transformers' generate, a private stream, and errors in sentences."""
 
 from __future__ import annotations
 
@@ -6,24 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.generation import logits_process as hf
 
 from tinychat.core import SamplingParams
-from tinychat.engine import sampler as ours
 from tinychat.engine.sampler import Sampler, make_sampler
 from tinychat.errors import ModelError, UsageError
 
 V = 61
-
-WARPERS = [
-    *[(ours.scale, hf.TemperatureLogitsWarper, value) for value in (0.1, 0.7, 1.0, 3.0)],
-    *[(ours.keep_top_k, hf.TopKLogitsWarper, value) for value in (1, 5, V, V + 100)],
-    *[(ours.keep_min_p, hf.MinPLogitsWarper, value) for value in (0.0, 0.05, 0.5, 1.0)],
-    *[(ours.keep_typical, hf.TypicalLogitsWarper, value) for value in (1e-6, 0.3, 0.9, 0.999)],
-]
 
 
 def rows(seed: int, count: int = 4) -> torch.Tensor:
@@ -33,57 +22,6 @@ def rows(seed: int, count: int = 4) -> torch.Tensor:
     scores[-1] = scores[-1].round()
     scores[-1, ::7] = -math.inf
     return scores
-
-
-@pytest.mark.parametrize(("warp", "theirs", "value"), WARPERS, ids=lambda x: getattr(x, "__name__", str(x)))
-@pytest.mark.parametrize("seed", range(3))
-def test_warper_is_transformers_own(warp, theirs, value, seed):
-    scores = rows(seed)
-    before = scores.clone()
-    expected = theirs(value)(None, scores.clone())
-    assert torch.equal(warp(scores, value), expected)
-    for row, expected_row in zip(scores, expected, strict=True):
-        assert torch.equal(warp(row, value), expected_row)
-    assert torch.equal(scores, before)
-
-
-@pytest.mark.parametrize("p", [1e-20, 1e-6, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("seed", range(3))
-def test_top_p_is_transformers_own_but_for_the_choice_among_ties(p, seed):
-    scores = rows(seed)
-    expected, actual = hf.TopPLogitsWarper(p)(None, scores), ours.keep_top_p(scores, p)
-    assert torch.equal(actual[:-1], expected[:-1])
-    assert torch.equal(actual[-1].sort().values, expected[-1].sort().values)
-    assert torch.equal(ours.keep_top_p(scores[0], p), expected[0])
-
-
-@given(st.floats(0.01, 0.99), st.floats(0.1, 4), st.integers(0, 9))
-@settings(deadline=None, max_examples=50)
-def test_top_p_keeps_the_fewest_tokens_that_suffice(p, spread, seed):
-    scores = torch.randn(5000, generator=torch.Generator().manual_seed(seed)) * spread
-    probs, kept = scores.double().softmax(-1), ours.keep_top_p(scores, p).isfinite()
-    assert probs[kept].sum() >= p - 1e-5
-    assert probs[kept].sum() - probs[kept].min() <= p + 1e-5
-    assert kept.all() or probs[~kept].max() <= probs[kept].min()
-
-
-@given(st.lists(st.integers(0, V + 5), max_size=30), st.sampled_from([0.5, 1.3, 2.0]), st.integers(0, 3))
-@settings(deadline=None, max_examples=50)
-def test_repetition_penalty_is_transformers_own(ids, penalty, seed):
-    scores = rows(seed)[1]
-    seen = torch.tensor(ids, dtype=torch.long)
-    expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(seen[None], scores[None].clone())[0]
-    assert torch.equal(ours.penalize_repetition(scores, seen, penalty), expected)
-
-
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_the_smallest_top_p_keeps_one_of_equals(size):
-    assert ours.keep_top_p(torch.zeros(size), 1e-20).isfinite().sum() == 1
-
-
-def test_top_k_keeps_ties():
-    kept = ours.keep_top_k(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]), 2)
-    assert kept.isfinite().tolist() == [False, True, True, True, False]
 
 
 def test_frequency_and_presence_count_generated_tokens_only():
@@ -138,9 +76,10 @@ def test_greedy_takes_the_highest_and_no_random_number():
     params = SamplingParams(top_k=3, top_p=0.5)
     sampler = make_sampler(params, [], "cpu")
     state, own = torch.get_rng_state(), sampler._generator.get_state()
-    token, logprob = sampler(logits, [])
+    draw = sampler(logits, [])
+    token, logprob = draw.token, draw.logprob
     assert token == int(logits.argmax())
-    assert logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-6)
+    assert logprob == draw.processed_logprob == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(sampler._generator.get_state(), own)
     assert sampler.seed is None
@@ -148,10 +87,10 @@ def test_greedy_takes_the_highest_and_no_random_number():
 
 def test_greedy_heeds_bias_and_penalties():
     logits = torch.tensor([1.0, 3.0, 2.0])
-    assert make_sampler(SamplingParams(logit_bias={0: 5.0}), [], "cpu")(logits, [])[0] == 0
-    assert make_sampler(SamplingParams(repetition_penalty=2.0), [1], "cpu")(logits, [])[0] == 2
-    assert make_sampler(SamplingParams(presence_penalty=2.0), [1], "cpu")(logits, [])[0] == 1
-    assert make_sampler(SamplingParams(presence_penalty=2.0), [], "cpu")(logits, [1])[0] == 2
+    assert make_sampler(SamplingParams(logit_bias={0: 5.0}), [], "cpu")(logits, []).token == 0
+    assert make_sampler(SamplingParams(repetition_penalty=2.0), [1], "cpu")(logits, []).token == 2
+    assert make_sampler(SamplingParams(presence_penalty=2.0), [1], "cpu")(logits, []).token == 1
+    assert make_sampler(SamplingParams(presence_penalty=2.0), [], "cpu")(logits, [1]).token == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -159,14 +98,14 @@ def test_logprob_is_that_of_the_raw_logits(dtype):
     logits = rows(1)[1].to(dtype)
     before = logits.clone()
     sampler = make_sampler(SamplingParams(temperature=0.3, top_k=2, logit_bias={4: 100.0}, seed=1), [], "cpu")
-    token, logprob = sampler(logits, [])
-    assert token == 4
-    assert logprob == pytest.approx(float(logits.float().log_softmax(-1)[4]), abs=1e-5)
+    draw = sampler(logits, [])
+    assert draw.token == 4
+    assert draw.logprob == pytest.approx(float(logits.float().log_softmax(-1)[4]), abs=1e-5)
     assert torch.equal(logits, before)
 
 
 def draw(sampler: Sampler, logits: torch.Tensor, count: int) -> list[int]:
-    return [sampler(logits, [])[0] for _ in range(count)]
+    return [sampler(logits, []).token for _ in range(count)]
 
 
 def test_draws_follow_the_distribution():
@@ -181,7 +120,7 @@ def test_draws_follow_the_distribution():
 def test_the_ends_of_the_distribution_are_tokens_that_can_be_drawn(monkeypatch, number, token):
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(number, dtype=torch.float64))
     logits = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log()
-    assert make_sampler(SamplingParams(temperature=1.0, seed=0), [], "cpu")(logits, [])[0] == token
+    assert make_sampler(SamplingParams(temperature=1.0, seed=0), [], "cpu")(logits, []).token == token
 
 
 @pytest.mark.parametrize("seed", [0, 17, 2**64 - 1])

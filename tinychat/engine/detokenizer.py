@@ -40,6 +40,11 @@ class Detokenizer:
         self._sent = 0
         self._run = 0
 
+    @property
+    def window(self) -> int:
+        """How many of the newest tokens are decoded again for the next one."""
+        return len(self._window)
+
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; special tokens have none."""
         kind = self._kind(token_id)
@@ -93,9 +98,19 @@ class Detokenizer:
         return "byte" if BYTE_TOKEN.fullmatch(token) else "text"
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text if isinstance(text, str) else "".join(text)
+        return _decode(self._tokenizer, ids, skip_special_tokens=True)
 
 
 def _certain(text: str) -> str:
     return text.removesuffix(REPLACEMENT)
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """What one token adds amid a text, its space before it included; a special token's name, U+FFFD for a part."""
+    once, twice = (_decode(tokenizer, [token_id] * count, skip_special_tokens=False) for count in (1, 2))
+    return twice[len(once) :]
+
+
+def _decode(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    return text if isinstance(text, str) else "".join(text)
