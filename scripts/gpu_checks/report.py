@@ -116,7 +116,11 @@ def _kernels(stage: Json) -> Iterator[str]:
         of_kind = [(name.removeprefix(prefix), found) for name, found in stage.items() if name.startswith(prefix)]
         if rows := [line(name, found, copied) for name, found in of_kind if "right" not in found]:
             yield table(head, rows)
-    yield from _failed(stage)
+    yield from _failed({name: found for name, found in stage.items() if not _is_rivals(name, rivals)})
+
+
+def _is_rivals(name: str, rivals: Json) -> bool:
+    return any(name == "rivals" or name.startswith(f"{rival} linear ") for rival in rivals)
 
 
 def _linear(stage: Json, name: str, found: Json) -> Line:
@@ -127,7 +131,10 @@ def _linear(stage: Json, name: str, found: Json) -> Line:
 
 def _mean(stage: Json, rival: str, here: Json) -> Line:
     if (found := targets.mean_times(stage, rival)) is None:
-        return rival, "not run", here.get("missing", "see below"), here.get("version", "-")
+        reasons = [
+            one["missing"] for name, one in stage.items() if name.startswith(f"{rival} linear ") and "missing" in one
+        ]
+        return rival, "not run", here.get("missing", next(iter(reasons), "not asked")), here.get("version", "-")
     mean, least, worst = found
     return rival, f"{mean:.2f}", f"{least:.2f} ({worst})", here["version"]
 
