@@ -42,14 +42,13 @@ def _draw(sampler: Sampler, logits: Tensor, generated: Sequence[int]) -> Drawn:
 
 def _likeliest(samplers: Sequence[Sampler], logits: Tensor) -> list[Drawn]:
     raw = logits.float()
-    ids = raw.argmax(-1)
-    best = raw.gather(-1, ids[:, None])[:, 0]
+    tokens = [int(token) for token in raw.argmax(-1).cpu()]
     # One by one: of a whole batch, the order of the additions might be another one.
-    totals = torch.stack([row.logsumexp(-1) for row in raw])
-    tokens, logprobs = [int(token) for token in ids.cpu()], [float(logprob) for logprob in (best - totals).cpu()]
+    logprobs = [row.log_softmax(-1) for row in raw]
+    chosen = torch.stack([row[token] for row, token in zip(logprobs, tokens, strict=True)]).cpu()
     return [
         no_numbers(logits[row])
-        if math.isnan(logprob)
-        else Draw(token, logprob, logprob, top_tokens(raw[row], totals[row], samplers[row].params.top_n_tokens))
-        for row, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True))
+        if math.isnan(logprob := float(chosen[row]))
+        else Draw(token, logprob, logprob, top_tokens(raw[row], logprobs[row], samplers[row].params.top_n_tokens))
+        for row, token in enumerate(tokens)
     ]

@@ -15,8 +15,8 @@ from tinychat.core import TopToken
 BLOCK = 16
 
 
-def top_tokens(scores: Tensor, total: Tensor, count: int) -> tuple[TopToken, ...]:
-    """The `count` likeliest of scores `[V]` (all, where it is more), equals by id; `total` is their logsumexp.
+def top_tokens(scores: Tensor, logprobs: Tensor, count: int) -> tuple[TopToken, ...]:
+    """The `count` highest of scores `[V]` (all, where it is more), equals by id, with their log-probabilities.
 
     They have no text yet: `with_texts`.
     """
@@ -25,9 +25,9 @@ def top_tokens(scores: Tensor, total: Tensor, count: int) -> tuple[TopToken, ...
         return ()
     least = scores.topk(count).values[-1]
     ids = (scores >= least).nonzero()[:, 0]  # all equals of the last one, in the order of ids
-    found = scores[ids].sort(descending=True, stable=True)
-    chosen, logprobs = ids[found.indices[:count]].cpu(), (found.values[:count] - total).cpu()
-    return tuple(TopToken(int(token), "", float(logprob)) for token, logprob in zip(chosen, logprobs, strict=True))
+    chosen = ids[scores[ids].argsort(descending=True, stable=True)[:count]]
+    pairs = zip(chosen.cpu(), logprobs[chosen].cpu(), strict=True)
+    return tuple(TopToken(int(token), "", float(logprob)) for token, logprob in pairs)
 
 
 def with_texts(top: Sequence[TopToken], text: Callable[[int], str]) -> tuple[TopToken, ...]:
@@ -67,7 +67,6 @@ def _logprobs(logits: Tensor, ids: Sequence[int]) -> list[float]:
     following: tuple[Tensor, ...] = torch.split(wanted, BLOCK)
     found: list[float] = []
     for rows, tokens in zip(places, following, strict=True):
-        scores = rows.float()
-        logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+        logprobs = rows.float().log_softmax(-1).gather(-1, tokens[:, None])
         found += [float(logprob) for logprob in logprobs.cpu()]
     return found

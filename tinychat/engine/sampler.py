@@ -73,10 +73,10 @@ class Sampler:
                     "give less extreme values of logit_bias and the penalties",
                 )
             token = int(scores.argmax(-1)) if self.params.temperature == 0 else self._draw(scores)
-            total = raw.logsumexp(-1)
-            logprob = float(raw[token] - total)
-            processed = logprob if scores is raw else float(scores[token] - scores.logsumexp(-1))
-            return Draw(token, logprob, processed, top_tokens(raw, total, self.params.top_n_tokens))
+            logprobs = raw.log_softmax(-1)
+            processed = logprobs if scores is raw else scores.log_softmax(-1)
+            top = top_tokens(raw, logprobs, self.params.top_n_tokens)
+            return Draw(token, float(logprobs[token]), float(processed[token]), top)
 
     @property
     def greedy(self) -> bool:
