@@ -66,7 +66,15 @@ ASSEMBLY = {
 }  # anything, lazily
 
 ONLY_IN = {  # a third party -> the modules that may know it
-    "transformers": {"tinychat.config", "tinychat.inputs", "tinychat.engine.foreign", "tinychat.models", *ASSEMBLY},
+    "transformers": {
+        "tinychat.config",
+        "tinychat.inputs",
+        "tinychat.models",
+        "tinychat.engine.foreign",
+        "tinychat.engine.foreign_cache",
+        "tinychat.engine.foreign_vlm",
+        *ASSEMBLY,
+    },
     "PIL": {"tinychat.inputs", "tinychat.eval", "tinychat.server", *ASSEMBLY},
     "prompt_toolkit": {"tinychat.terminal", *VERBS},
     "rich": {"tinychat.terminal", *VERBS},
