@@ -33,6 +33,14 @@ def run(folder: Path, *arguments: str) -> int:
     return gpu_check.main(["--dry-run", "--out", str(folder), *arguments])
 
 
+def in_this_process(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str, dry: bool) -> int:
+    """A run whose worker is this process, which starts at once and can be broken."""
+    work = lambda self: stages.work(folder, names, 100.0, float("inf"), dry=dry)  # noqa: E731
+    monkeypatch.setattr(supervise.Worker, "run", work)
+    words = [word for name in names for word in ("--stage", name)]
+    return gpu_check.main(["--out", str(folder), *words, *(["--dry-run"] if dry else [])])
+
+
 # Whole runs
 
 
@@ -72,21 +80,24 @@ def test_a_dry_run_writes_a_table_that_claims_no_times(dry_run: tuple[int, Path]
 
 @needs_compiler
 @pytest.mark.timeout(600)
-def test_a_second_run_finds_nothing_anew(dry_run: tuple[int, Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_finds_nothing_anew(
+    dry_run: tuple[int, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, folder = dry_run
     before = (folder / "gpu_check.json").read_text()
-    assert run(folder, "--stage", "correctness", "--stage", "kernels") == 0
+    assert in_this_process(monkeypatch, folder, "correctness", "kernels", dry=True) == 0
     assert (folder / "gpu_check.json").read_text() == before
-    said = capfd.readouterr().out
-    assert "..." not in said
+    said = capsys.readouterr().out
     assert said.startswith("## correctness") and "## kernels" in said and "## endtoend" not in said
     assert said.rstrip().endswith("```") and "checks are right" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main(["--out", str(tmp_path)]) == supervise.NO_GPU
-    assert "there is no GPU that the kernels run on: torch" in capfd.readouterr().err
+def test_without_a_gpu_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_this_process(monkeypatch, tmp_path, "kernels", dry=False) == supervise.NO_GPU
+    assert capsys.readouterr().err.startswith("there is no GPU that the kernels run on: torch")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,13 +108,6 @@ def test_it_needs_no_package_but_those_of_a_gpu_box() -> None:
 
 
 # Faults
-
-
-def in_this_process(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> int:
-    """A run whose worker is this process, so that it can be broken."""
-    work = lambda self: stages.work(folder, names, 100.0, float("inf"), dry=True)  # noqa: E731
-    monkeypatch.setattr(supervise.Worker, "run", work)
-    return run(folder, *(word for name in names for word in ("--stage", name)))
 
 
 def only(monkeypatch: pytest.MonkeyPatch, op: str, check: Callable[..., Any]) -> None:
@@ -123,7 +127,7 @@ def test_an_op_that_is_off_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only(monkeypatch, "swiglu", lambda place, sizes: ("3x4096", 0.5, 4e-3))
-    assert in_this_process(monkeypatch, tmp_path, "correctness") == supervise.WRONG
+    assert in_this_process(monkeypatch, tmp_path, "correctness", dry=True) == supervise.WRONG
     said = capsys.readouterr().out
     assert "WRONG: correctness: swiglu: 3x4096 is off by 5.0e-01; 4e-03 is allowed" in said
     assert "kernels" in said and "WRONG: swiglu" in said
@@ -139,7 +143,7 @@ def test_an_op_that_raises_fails_the_run_and_names_its_sizes(
         raise KernelError("cuLaunchKernel failed: out of resources")
 
     only(monkeypatch, "swiglu", broken)
-    assert in_this_process(monkeypatch, tmp_path, "correctness") == supervise.WRONG
+    assert in_this_process(monkeypatch, tmp_path, "correctness", dry=True) == supervise.WRONG
     expected = "swiglu: with the sizes [5, 4096]: KernelError: cuLaunchKernel failed: out of resources"
     assert f"WRONG: correctness: {expected}" in capsys.readouterr().out
 

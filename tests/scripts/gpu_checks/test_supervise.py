@@ -99,8 +99,9 @@ def test_a_broken_gpu_gets_another_process_but_not_for_ever(tmp_path: Path) -> N
     assert len(read(tmp_path / "found.json")["stages"]["kernels"]) == supervise.MOST_RESTARTS
 
 
-def test_a_worker_without_a_figure_is_not_started_again(tmp_path: Path) -> None:
-    assert worker(tmp_path, "sys.exit(1)").run() == 1
+@pytest.mark.parametrize("code", [0, 1, supervise.CUT_OFF, supervise.NO_GPU])
+def test_a_worker_without_a_figure_is_not_started_again(tmp_path: Path, code: int) -> None:
+    assert worker(tmp_path, f"sys.exit({code})").run() == code
 
 
 def test_a_worker_is_stopped_when_all_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
