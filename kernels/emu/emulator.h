@@ -80,7 +80,7 @@ unsigned ballot(unsigned mask, bool predicate);
 void copy_async(void* shared, const void* global, int bytes, bool valid);
 void copy_commit();
 void copy_wait(int groups);
-void load_matrix(unsigned* fragments, const void* row, int count, bool transposed);
+void load_matrix(unsigned* fragments, const void* row);
 void mma_f16(float* d, const unsigned* a, const unsigned* b, const float* c, int depth);   // m16n8, depth 8 or 16
 void mma_bf16(float* d, const unsigned* a, const unsigned* b, const float* c, int depth);  // m16n8, depth 8 or 16
 void mma_int8(int* d, const unsigned* a, const unsigned* b, const int* c);                 // m16n8k32

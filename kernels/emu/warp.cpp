@@ -49,23 +49,16 @@ void check_whole(void* const* lanes, const char* what) {
 struct MatrixLoad {
     unsigned* fragments;
     const unsigned char* row;
-    int count;
-    bool transposed;
 };
 
-// Lanes 8i to 8i+7 give the rows of matrix i; lane 4g+t gets elements 2t and 2t+1 of row g (transposed: of column g).
+// Lanes 8i to 8i+7 give the rows of matrix i; lane 4g+t gets elements 2t and 2t+1 of row g.
 void act_load_matrix(void* const* lanes) {
     check_whole(lanes, "ldmatrix");
     for (int i = 0; i < 32; ++i) {
         const MatrixLoad& own = *static_cast<MatrixLoad*>(lanes[i]);
-        for (int matrix = 0; matrix < own.count; ++matrix) {
-            const int g = i / 4, t = i % 4;
-            for (int half = 0; half < 2; ++half) {
-                const int row = own.transposed ? 2 * t + half : g, column = own.transposed ? g : 2 * t + half;
-                const MatrixLoad& giver = *static_cast<MatrixLoad*>(lanes[8 * matrix + row]);
-                std::memcpy(reinterpret_cast<unsigned char*>(own.fragments + matrix) + 2 * half, giver.row + 2 * column,
-                            2);
-            }
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            const MatrixLoad& giver = *static_cast<MatrixLoad*>(lanes[8 * matrix + i / 4]);
+            std::memcpy(own.fragments + matrix, giver.row + 4 * (i % 4), 4);
         }
     }
 }
@@ -151,11 +144,10 @@ unsigned ballot(unsigned mask, bool predicate) {
     return own.result;
 }
 
-void load_matrix(unsigned* fragments, const void* row, int count, bool transposed) {
-    const int lane = static_cast<int>(here().linear % 32);
-    if (lane < 8 * count && !aligned(row, 16)) fail("ldmatrix from a row that is not aligned to 16 bytes");
-    if (lane < 8 * count && !this_fiber().worker->shared().holds(row, 16)) fail("ldmatrix from outside shared memory");
-    MatrixLoad own = {fragments, static_cast<const unsigned char*>(row), count, transposed};
+void load_matrix(unsigned* fragments, const void* row) {
+    if (!aligned(row, 16)) fail("ldmatrix from a row that is not aligned to 16 bytes");
+    if (!this_fiber().worker->shared().holds(row, 16)) fail("ldmatrix from outside shared memory");
+    MatrixLoad own = {fragments, static_cast<const unsigned char*>(row)};
     meet(kWarp, act_load_matrix, &own);
 }
 

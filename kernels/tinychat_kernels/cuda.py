@@ -20,7 +20,16 @@ from tinychat_kernels.cuda_layout import Packed
 from tinychat_kernels.cuda_ops import Launch
 from tinychat_kernels.errors import KernelError, LayoutError
 from tinychat_kernels.int8 import Int8
-from tinychat_kernels.layout import AwqGemm, Logical, QuantSpec, dequantize, to_logical
+from tinychat_kernels.layout import (
+    GROUP_SIZES,
+    PER_ROW,
+    AwqGemm,
+    Logical,
+    QuantSpec,
+    dequantize,
+    quantize,
+    to_logical,
+)
 
 DTYPES = (torch.float16, torch.bfloat16)
 BF16_FROM = (8, 0)  # compute capability
@@ -67,13 +76,13 @@ def unpack(packed: Packed, spec: QuantSpec) -> Logical:
     return cuda_layout.unpack(packed, spec)
 
 
-def quantize_head(weight: Tensor, group: int = HEAD_GROUP) -> Packed:
-    """A float weight `[N, K]`, rounded to int8 with a half-precision scale for each row and group, slice by slice."""
+def quantize_head(weight: Tensor, group: int = HEAD_GROUP, bits: int = 8) -> Packed:
+    """A float weight `[N, K]`, rounded to 8 or 4 bits with a 16-bit scale for each row and group, slice by slice."""
     outputs, inputs = weight.shape
     size = group if inputs % group == 0 else inputs
     made: Packed | None = None
     for start in range(0, outputs, SLICE):
-        part = cuda_layout.pack_int8(*_rounded(weight[start : start + SLICE], size))
+        part = _packed_rows(weight[start : start + SLICE], size, bits)
         if made is None:
             tiles = -(-outputs // cuda_layout.TILE)
             words, scales = (tensor.new_empty(tiles, *tensor.shape[1:]) for tensor in (part.words, part.scales))
@@ -83,6 +92,13 @@ def quantize_head(weight: Tensor, group: int = HEAD_GROUP) -> Packed:
         made.scales[at : at + len(part.scales)] = part.scales
     assert made is not None
     return made
+
+
+def _packed_rows(rows: Tensor, group: int, bits: int) -> Packed:
+    if bits == 8:
+        return cuda_layout.pack_int8(*_rounded(rows, group))
+    spec = QuantSpec(bits, group if group in GROUP_SIZES else PER_ROW)
+    return cuda_layout.pack(quantize(rows if rows.dtype in DTYPES else rows.half(), spec), spec)
 
 
 def _rounded(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -155,13 +171,13 @@ def launch_linear(
 ) -> None:
     """x `[M, K]` times packed weights, plus bias `[N]` -> out `[M, N]`, by what suits so many rows and processors.
 
-    Up to GEMV_ROWS rows nothing is allocated.
+    out is of x's dtype or fp32. Up to GEMV_ROWS rows nothing is allocated.
     """
     rows = len(x)
     how = kind(rows, packed.bits)
     if how == "gemv":
         cuda_linear.gemv(launch, x, packed, bias, out)
-    elif how == "gemm":
+    elif how == "gemm" and out.dtype == x.dtype:
         parts = x.new_empty(cuda_linear.gemm_parts(packed, rows, processors), dtype=torch.float32)
         cuda_linear.gemm(launch, x, packed, bias, out, parts if parts.numel() else None)
     else:

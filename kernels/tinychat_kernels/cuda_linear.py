@@ -75,6 +75,8 @@ def gemv(launch: Launch, x: Tensor, packed: Packed, bias: Tensor | None, out: Te
     _check(x, packed, out)
     chunk = gemv_chunk(packed.units, rows)
     entry = f"w{packed.bits}_gemv_{_of(packed, x)}_m{1 if rows == 1 else GEMV_ROWS}"
+    if out.dtype not in (x.dtype, torch.float32):
+        raise KernelError(f"gemv gives {x.dtype} or float32, out is {out.dtype}")
     launch(
         "w4_gemv", entry, (packed.words.shape[0], 1, 1), WARP * GEMV_WARPS,
         _gemv_sums(rows) + 2 * rows * (chunk * UNIT + ROW_GAP),
@@ -128,6 +130,8 @@ def gemm(
     if packed.bits != 4:
         raise KernelError(f"gemm takes weights of 4 bits, not of {packed.bits}")
     rows, kind = len(x), _of(packed, x)
+    if out.dtype != x.dtype:
+        raise KernelError(f"gemm gives {x.dtype}, out is {out.dtype}")
     splits = 1 if parts is None else max(1, len(parts))
     if parts is not None and tuple(parts.shape[1:]) != (rows, packed.words.shape[0] * TILE):
         raise KernelError(f"parts is {list(parts.shape)}, gemm_parts says what is needed")

@@ -80,16 +80,12 @@ extern "C" __global__ void product_int8(const u32* a, const signed char* b, cons
 }
 
 // Shared memory to fragments: x [32, 8] as four matrices.
-extern "C" __global__ void matrices(const uint4* x, u32* out, int transposed) {
+extern "C" __global__ void matrices(const uint4* x, u32* out) {
     uint4* shared = shared_memory<uint4>();
     shared[threadIdx.x] = x[threadIdx.x];
     __syncwarp();
     u32 words[4];
-    if (transposed) {
-        load_matrix_transposed(words, shared + threadIdx.x);
-    } else {
-        load_matrix(words, shared + threadIdx.x);
-    }
+    load_matrix(words, shared + threadIdx.x);
     for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = words[i];
 }
 

@@ -86,6 +86,24 @@ def test_a_head_is_rounded_slice_by_slice(
         cuda.quantize_head(weight.index_fill(0, torch.tensor([3]), float("inf")))
 
 
+@needs_compiler
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(72, 256, 128), (20, 96, 96)])
+def test_a_head_of_4_bits(monkeypatch: pytest.MonkeyPatch, outputs: int, inputs: int, group: int) -> None:
+    weight = noise(outputs, inputs)
+    whole = cuda.quantize_head(weight, bits=4)
+    monkeypatch.setattr(cuda, "SLICE", 32)
+    made = cuda.quantize_head(weight, bits=4)
+    assert torch.equal(made.words, whole.words) and torch.equal(made.scales, whole.scales)
+    spec = QuantSpec(4, group if group == 128 else -1)
+    exact = dequantize(quantize(weight.half(), spec), torch.float64)
+    assert (made.bits, made.outputs) == (4, outputs)
+    assert torch.equal(torch.cat(list(cuda.floats(made, torch.float64))), exact)
+    for rows in (2, 9, 300):
+        x, logits = noise(rows, inputs).half(), torch.full((rows, outputs), float("nan"))
+        cuda.launch_linear(Emulator().launch, x, made, None, logits)
+        assert relative(logits, x.double() @ exact.T) < 5e-3
+
+
 def test_other_dtypes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -184,5 +184,7 @@ def test_what_does_not_fit_is_refused():
     refused("the weights have 64 inputs and 8 outputs", cuda_linear.gemm, x, packed, None, out[:, :4])
     refused("whole vectors of 8 values", cuda_linear.gemv, numbers(2, 68)[:, :64], packed, None, out)
     refused("gemm takes weights of 4 bits, not of 8", cuda_linear.gemm, x, head, None, out)
+    refused("gemm gives torch.float16, out is torch.float32", cuda_linear.gemm, x, packed, None, out.float())
+    refused("gives torch.float16 or float32, out is torch.bfloat16", cuda_linear.gemv, x, packed, None, out.bfloat16())
     refused("gemm_parts says what is needed", cuda_linear.gemm, x, packed, None, out, torch.empty(2, 2, 8))
     refused("the weights are 8x64", cuda_linear.dequantize, packed, torch.empty(8, 32).half())

@@ -6,7 +6,7 @@
 
 using u32 = unsigned int;
 
-// Numbers of 16 bits, one and two at a time. kOne: two ones; kMagic: the number whose last bit counts 1.
+// Numbers of 16 bits, one and two at a time.
 struct F16 {
     using One = __half;
     using Two = __half2;
@@ -108,19 +108,9 @@ __device__ __forceinline__ void copy_wait() {
 // Four matrices of 8x8 numbers of 16 bits: lanes 8i to 8i+7 give the rows of matrix i, 16 bytes each.
 __device__ __forceinline__ void load_matrix(u32 (&out)[4], const void* row) {
 #ifdef TINYCHAT_EMU
-    emu::load_matrix(out, row, 4, false);
+    emu::load_matrix(out, row);
 #else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-#endif
-}
-__device__ __forceinline__ void load_matrix_transposed(u32 (&out)[4], const void* row) {
-#ifdef TINYCHAT_EMU
-    emu::load_matrix(out, row, 4, true);
-#else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                  : "r"(shared_address(row))
                  : "memory");
