@@ -25,7 +25,7 @@ from tinychat.core import (
     Text,
     Token,
 )
-from tinychat.engine import engine as engine_module
+from tinychat.engine import rows as rows_module
 from tinychat.engine.engine import Engine
 from tinychat.inputs.processor import Processor
 from tinychat.load import load
@@ -181,13 +181,13 @@ def test_penalties_leave_placeholders_out(
 ) -> None:
     """A placeholder's id is a real token elsewhere: a picture must not make it less likely."""
     given: list[list[int]] = []
-    real = engine_module.make_sampler
+    real = rows_module.make_sampler
 
     def noted(params: SamplingParams, prompt_ids: list[int], device: torch.device) -> object:
         given.append(list(prompt_ids))
         return real(params, prompt_ids, device)
 
-    monkeypatch.setattr(engine_module, "make_sampler", noted)
+    monkeypatch.setattr(rows_module, "make_sampler", noted)
     ask(engine_of(loaded), user("x", pictures[0]))
     ids = list(loaded[1](Request("r", (user("x", pictures[0]),))).ids)
     [slot] = loaded[1](Request("r", (user("x", pictures[0]),))).slots

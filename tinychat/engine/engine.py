@@ -1,4 +1,4 @@
-"""The engine: requests in, events out. The life of a request is told by `Scheduler.step`, which is all that happens here.
+"""The engine: requests in, events out. `Scheduler.step` is the life of them all, a step at a time.
 
 Rows of the KV cache outlive their requests: the next prompt re-uses the longest prefix that one of them shares with it,
 pictures included, so a conversation's turn computes only what is new, and taking turns back costs nothing.
@@ -20,8 +20,8 @@ CONTEXT = 4096
 class Engine:
     """Answers requests with a model and its processor, up to `rows` together.
 
-    `context` tokens hold a prompt and its answer; a prompt is read in pieces of `chunk` tokens, of `between` while others
-    are answered; `kv_tokens` bounds what all rows hold.
+    `context` tokens hold a prompt and its answer; a prompt is read in pieces of `chunk` tokens, of `between` while
+    others are answered; `kv_tokens` bounds what all rows hold.
     """
 
     def __init__(

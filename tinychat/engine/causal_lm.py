@@ -1,0 +1,202 @@
+"""A model that answers batches: each row's newest token goes in, its next one comes out.
+
+The class is LoRAX's CausalLM; chat, `ask` and the server go through it, by way of the scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tinychat.core import Generation, NextTokens, PrefillTokens
+from tinychat.engine.batch import CausalLMBatch
+from tinychat.engine.draws import Drawn, draw_rows
+from tinychat.engine.prefill import Cache, Draws, Filling, Model, running
+from tinychat.engine.requests import TokenReader
+from tinychat.engine.rows import Reader, Row
+from tinychat.engine.sampler import Draw, no_numbers
+from tinychat.errors import TinychatError, UsageError
+from tinychat.inputs.processor import Prompt, Slot
+
+Generations = list[Generation]
+CHUNK = 512
+
+
+class CausalLM:
+    """A model that answers batches: `generate_token` is one step of all their rows.
+
+    `rank` of `world_size` processes tell of their own rows alone; where one process does everything it is 0 of 1.
+    """
+
+    dynamic_adapter_loading_enabled = False
+    has_adapter_data = False
+    rank, world_size = 0, 1
+
+    model: Model
+    reader: Reader
+    context: int
+
+    def __init__(
+        self,
+        model_id: str,
+        revision: str | None = None,
+        quantize: str | None = None,
+        compile: bool = False,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from tinychat.engine.foreign import open_model
+
+        if compile:
+            logging.getLogger(__name__).warning("%s is not compiled: its kernels are", model_id)
+        opened = open_model(model_id, revision, quantize, dtype, trust_remote_code)
+        self._take(opened.model, opened.reader, opened.context)
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any, context: int | None = None) -> CausalLM:
+        """Over a model of ours or of transformers that is in memory, and its tokenizer or processor."""
+        from tinychat.engine.foreign import adapted
+
+        made = cls.__new__(cls)
+        reader = tokenizer if hasattr(tokenizer, "stop_ids") else TokenReader(tokenizer, model.config)
+        made._take(adapted(model), reader, context or reader.context)
+        return made
+
+    def _take(self, model: Model, reader: Reader, context: int) -> None:
+        self.model, self.reader, self.context = model, reader, context
+
+    @property
+    def batch_type(self) -> type[CausalLMBatch]:
+        return CausalLMBatch
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def pixels(self, prompt: Prompt, slot: Slot) -> Tensor:
+        """The picture of a slot, decoded now. Raises MediaError."""
+        return cast("Any", self.reader).pixels(prompt, [slot.image])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None = None,
+        adapter_data: Any = None,
+    ) -> tuple[Tensor, Cache]:
+        """Ids `[B, T]` padded on the left, with mask and positions -> logits `[B, T, V]`, and the cache with them.
+
+        Logits at the padding are 0. Without a cache one is made; one that is given is written to. Raises UsageError for
+        adapter data, a row of padding alone, and positions that do not follow the cache's lengths.
+        """
+        if adapter_data is not None:
+            raise UsageError("adapter data is given, and the model has no adapters", "leave it out")
+        rows, width = input_ids.shape
+        counts = [int(count) for count in attention_mask[:, -width:].sum(1)]
+        if min(counts) < 1:
+            raise UsageError("a row is padding alone", "give every row one token or more")
+        cache: Cache = past_key_values or self.model.make_cache(rows, self.context)
+        ends = [length + count - 1 for length, count in zip(cache.lengths, counts, strict=True)]
+        if position_ids is not None and (given := [int(last) for last in position_ids[:, -1]]) != ends:
+            raise UsageError(f"the last positions are {given}, the cache goes on to {ends}", "leave position_ids out")
+        ids = input_ids.to(self.device)
+        with running():
+            if len(set(counts)) == 1:
+                return self.model.verify(ids[:, width - counts[0] :], cache), cache
+            each = [cache.select([row]) for row in range(rows)]
+            pieces = [
+                pad(self.model.verify(ids[row : row + 1, width - count :], each[row]), (0, 0, width - count, 0))
+                for row, count in enumerate(counts)
+            ]
+        return torch.cat(pieces), cast("Cache", type(cache).cat(each))
+
+    def generate_token(self, batch: CausalLMBatch) -> tuple[Generations, CausalLMBatch | None]:
+        """One token more for every row that has not ended: what came, and the batch to go on with (None: all ended).
+
+        A batch without a cache is prefilled. Rows that end stay in the batch that is returned until it is filtered, or
+        until the next step leaves them out.
+        """
+        going = [i for i, row in enumerate(batch.rows) if not row.ended]
+        if not going:
+            return [], None
+        if len(going) < len(batch):
+            batch = batch.select(going)
+        batch, draws, logprobs = self._decoded(batch) if batch.past_key_values is not None else self._prefilled(batch)
+        made = self.advance(batch, draws, logprobs)
+        return made, None if all(row.ended for row in batch.rows) else batch
+
+    def _prefilled(self, batch: CausalLMBatch) -> tuple[CausalLMBatch, list[Drawn], list[list[float] | None]]:
+        room = batch.max_input_length + batch.padding_right_offset
+        cache: Cache = self.model.make_cache(len(batch), room)
+        fillings = [
+            Filling(self.model, row.prompt, cache.select([i]), row.wants_prompt_logprobs)
+            for i, row in enumerate(batch.rows)
+        ]
+        logits = [self._filled(row, filling) for row, filling in zip(batch.rows, fillings, strict=True)]
+        past = cast("Cache", type(cache).cat([filling.cache for filling in fillings]))
+        read = type(batch)(batch.batch_id, batch.rows, past, batch.pad_id, batch.keys_head_dim_last)
+        scores = [filling.logprobs and filling.logprobs.values for filling in fillings]
+        return read, draw(batch.rows, torch.stack(logits)), scores
+
+    def _filled(self, row: Row, filling: Filling) -> Tensor:
+        """Read a whole prompt -> the last logits `[V]`."""
+        for slot in filling.unseen:
+            filling.look(self.pixels(row.prompt, slot))
+        while (logits := filling.read(CHUNK)) is None:
+            pass
+        return logits
+
+    def _decoded(self, batch: CausalLMBatch) -> tuple[CausalLMBatch, list[Drawn], list[list[float] | None]]:
+        past = cast(Cache, batch.past_key_values)
+        temperatures = [row.chooser.temperature for row in batch.rows]
+        none: list[list[float] | None] = [None] * len(batch)
+        with running():
+            if isinstance(self.model, Draws) and self.model.can_draw and None not in temperatures:
+                numbers = [row.chooser.number() for row in batch.rows]
+                newest = [row.ids[-1] for row in batch.rows]
+                ids, logprobs = self.model.draw(newest, past, cast("list[float]", temperatures), numbers)
+                return batch, [_drawn(*one) for one in zip(ids, logprobs, strict=True)], none
+            logits = self.model.decode(batch.input_ids.to(self.device), past)[:, -1]
+        return batch, draw(batch.rows, logits), none
+
+    def advance(
+        self, batch: CausalLMBatch, draws: Sequence[Drawn], logprobs: Sequence[list[float] | None]
+    ) -> Generations:
+        """Give every row its drawn token, or the error in its place; what this process tells of them."""
+        made = Generations()
+        for i, (row, drawn, prompt) in enumerate(zip(batch.rows, draws, logprobs, strict=True)):
+            if isinstance(drawn, TinychatError):
+                row.error = drawn
+                continue
+            generation = self._generation(row, drawn, prompt)
+            if i % self.world_size == self.rank:
+                made.append(generation)
+        return made
+
+    def _generation(self, row: Row, drawn: Draw, prompt: list[float] | None) -> Generation:
+        text = row.push(drawn.token)
+        special = drawn.token in getattr(self.reader.tokenizer, "all_special_ids", ())
+        tokens = NextTokens((drawn.token,), (drawn.logprob,), (text,), (special,), (drawn.top,) if drawn.top else ())
+        return Generation(row.id, self._prompt_tokens(row, prompt), tokens, row.finished(), len(row.prompt.ids))
+
+    def _prompt_tokens(self, row: Row, logprobs: list[float] | None) -> PrefillTokens | None:
+        if logprobs is None:
+            return None
+        texts = self.reader.tokenizer.batch_decode([[token] for token in row.prompt.ids])
+        return PrefillTokens(row.prompt.ids, tuple(logprobs), tuple(texts))
+
+
+def draw(rows: Sequence[Row], logits: Tensor) -> list[Drawn]:
+    """Logits `[B, V]` -> each row's next token, drawn by its own sampler, or why there is none."""
+    return draw_rows([row.chooser for row in rows], logits, [row.generated for row in rows])
+
+
+def _drawn(token: int, logprob: float) -> Drawn:
+    return no_numbers() if math.isnan(logprob) else Draw(token, logprob, None)
