@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinychat.engine.detokenizer import WINDOW, Detokenizer
+from tinychat.engine.detokenizer import WINDOW, Detokenizer, token_text
 
 LINES = [
     "The quick brown fox jumps over the lazy dog, doesn't it?  Two  spaces.",
@@ -147,6 +147,37 @@ def test_an_unfinished_character_is_flushed_as_the_tokenizer_decodes_it():
         assert "\ufffd" not in "".join(parts[:-1])
         assert parts[-1].startswith("\ufffd")
         assert "".join(parts) == decode(tokenizer, ids)
+
+
+@each
+@pytest.mark.parametrize("text", ["😀ok", "👩‍👩‍👧", "é", "👩‍👩‍👧 and 😀"])
+def test_an_answer_that_begins_with_an_emoji_sequence_is_whole_however_short_the_prompt(name, text):
+    """No piece depends on a prompt: the window of a new answer begins empty."""
+    tokenizer = TOKENIZERS[name]
+    ids = encode(tokenizer, text)
+    parts = pieces(tokenizer, ids)
+    assert "".join(parts) == decode(tokenizer, ids)
+    assert name == "metaspace" or ("".join(parts) == text and not any("\ufffd" in part for part in parts))
+
+
+def test_a_tokens_own_text_has_its_space_and_a_special_one_its_name():
+    for name, spaced in (("byte_level", "Ġred"), ("llama", "▁red"), ("metaspace", "▁red")):
+        tokenizer = TOKENIZERS[name]
+        assert token_text(tokenizer, tokenizer.convert_tokens_to_ids(spaced)) == " red"
+        assert token_text(tokenizer, tokenizer.convert_tokens_to_ids("</s>")) == "</s>"
+    llama = TOKENIZERS["llama"]
+    assert token_text(llama, llama.convert_tokens_to_ids("<0xE2>")) == "\ufffd"
+    assert token_text(llama, llama.convert_tokens_to_ids("▁▁")) == "  "
+
+
+@each
+def test_a_tokens_own_text_is_what_it_adds_amid_a_text(name):
+    tokenizer = TOKENIZERS[name]
+    before = encode(tokenizer, "red")
+    for token in range(len(tokenizer)):
+        if decode(tokenizer, [token]) and "\ufffd" not in decode(tokenizer, [token]):
+            added = decode(tokenizer, [*before, token]).removeprefix(decode(tokenizer, before))
+            assert token_text(tokenizer, token) == added
 
 
 def test_a_detokenizer_is_ready_again_after_its_flush():

@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation import StopStringCriteria
 
 from tinychat.core import StoppingParams
+from tinychat.engine.detokenizer import Detokenizer
 from tinychat.engine.stopping import Step, StopMatcher, Stopping, borders
+from tinychat.errors import UsageError
 
 EOS = 0
 
@@ -148,6 +150,58 @@ def test_a_stop_string_that_ends_inside_a_token_is_cut():
     )
 
 
+@pytest.mark.parametrize(
+    ("pieces", "stop", "shown"),
+    [
+        (["ab", "c STOP. more"], "STOP", "abc "),
+        (["ab", "c STOP."], "STOP.", "abc "),
+        (["aS", "TO", "Pb"], "STOP", "a"),
+        (["S", "T", "O", "P"], "STOP", ""),
+        (["aa", "ab"], "aab", "a"),
+        (["a", "a", "a", "b"], "aab", "a"),
+        (["abab", "abc"], "ababc", "ab"),
+        (["x\n", "\n", "y"], "\n\n", "x"),
+        (["你", "好STOP"], "好ST", "你"),
+    ],
+)
+def test_a_stop_string_in_a_token_over_three_tokens_or_overlapping_itself_is_cut(pieces, stop, shown):
+    texts, tail, reason, _ = answer(pieces, StoppingParams(stop=(stop,)))
+    assert ("".join(texts), tail, reason) == (shown, "", "stop")
+
+
+def test_a_newline_at_the_end_is_no_match_where_the_stop_text_is_not():
+    texts, tail, reason, _ = answer(["abc STO", "\n"], StoppingParams(stop=("STOP",)))
+    assert ("".join(texts) + tail, reason) == ("abc STO\n", "cancelled")
+    assert answer(["abc STOP", "\n"], StoppingParams(stop=("STOP",)))[:3] == (["abc "], "", "stop")
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UsageError) as caught:
+        StoppingParams(stop=("a", ""))
+    assert caught.value.message == "a stop string is empty"
+
+
+@given(
+    st.text("ab .é😀\n", max_size=25), st.lists(st.text("ab .é😀\n", min_size=1, max_size=3), min_size=1, max_size=3)
+)
+@example("ab😀b", ["😀"])
+def test_with_a_detokenizer_the_text_ends_where_the_first_stop_string_begins(text, stops):
+    ids = TOKENIZER.encode(text)
+    stopping, shown, reason = Stopping(StoppingParams(stop=tuple(stops)), (), (), Detokenizer(TOKENIZER), 100), "", None
+    for token in ids:
+        step = stopping.push(token)
+        shown += step.text
+        if reason := step.reason:
+            break
+    end = stopping.finish(reason or "cancelled")
+    match = first_match(text, stops)
+    assert shown + end.text == (text if match is None else text[: match[0]])
+    assert end.reason == ("cancelled" if match is None else "stop")
+    if match is not None:
+        needed = next(n for n in range(len(ids) + 1) if first_match(TOKENIZER.decode(ids[:n]), stops))
+        assert len(stopping.token_ids) == needed
+
+
 def test_include_stop_shows_it_and_nothing_after():
     params = StoppingParams(stop=("STOP",), include_stop=True)
     assert answer(["abc ", "ST", "OP. and"], params) == (["abc ", "ST", "OP"], "", "stop", [1, 2, 3])
@@ -179,6 +233,15 @@ def test_text_that_the_detokenizer_held_back_is_flushed_and_searched():
 def test_several_eos_ids():
     for eos in (0, 3):
         assert answer(["a", "b", "c"], ids=[1, 2, eos], stop_ids=(0, 3)) == (["a", "b", ""], "", "eos", [1, 2])
+
+
+def test_an_eos_alone_is_an_empty_answer():
+    assert answer(["a"], ids=[EOS]) == ([""], "", "eos", [])
+
+
+def test_without_an_eos_id_only_the_length_and_stop_strings_end():
+    params = StoppingParams(max_new_tokens=3)
+    assert answer(["a"], params, ids=[EOS, 1, EOS, 1], stop_ids=()) == (["</s>", "a", "</s>"], "", "length", [0, 1, 0])
 
 
 def test_an_eos_on_the_last_allowed_token_is_an_eos():
