@@ -317,7 +317,7 @@ def test_towers_from_transformers_configs() -> None:
             "the architecture Gemma3ForConditionalGeneration .model_type 'gemma3'. is not supported; works: VILA and",
         ),
         ({"hidden_size": 8}, "the architecture unknown .model_type ''. is not supported"),
-        ({**LLAVA_HF, "model_type": "llava_next"}, "model_type 'llava_next'. is not supported"),
+        ({**LLAVA_HF, "model_type": "llava_onevision"}, "model_type 'llava_onevision'. is not supported"),
         ({**LLAVA, "model_type": "llava_mpt"}, "the LLaVA decoder 'llava_mpt' is not supported; works: llava_llama"),
         ({**VILA, "s2": True}, "the model uses S2 multi-scale vision features; this is not supported yet"),
         ({**VILA, "dynamic_s2": True}, "S2 multi-scale"),

@@ -34,7 +34,11 @@ LISTED = 20  # names of each kind in an error
 _DECODER = ((r"model\.(?=embed_tokens|layers|norm)", "llm.model."), (r"lm_head\.", "llm.lm_head."))
 _TOWER = ((r"(model\.)?(vision_tower\.)+(vision_model\.)?", "vision_tower.vision_model."),)
 RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "vila": (*_TOWER, (r"mm_projector\.layers\.(?=weight|bias)", "mm_projector.layers.0.")),
+    "vila": (
+        *_TOWER,
+        (r"mm_projector\.layers\.(?=weight|bias)", "mm_projector.layers.0."),
+        (r"mm_projector\.image_newline$", "image_newline"),
+    ),
     "llava": (
         *_TOWER,
         (r"(model\.)?mm_projector\.(?=\d)", "mm_projector.layers."),
@@ -47,6 +51,7 @@ RENAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
         (r"(model\.)?multi_modal_projector\.linear_2\.", "mm_projector.layers.2."),
         (r"(model\.language_model|language_model\.model)\.", "llm.model."),
         (r"language_model\.lm_head\.", "llm.lm_head."),
+        (r"model\.image_newline$", "image_newline"),
         *_DECODER,
     ),
     "text": _DECODER,

@@ -1,7 +1,7 @@
 """config.json of any supported layout -> typed dataclasses. The only place that knows the foreign key names.
 
 Layouts: `vila` (VILA-1.5 and NVILA folders, and ours), `llava` (the original LLaVA single folder), `llava_hf`
-(transformers' LLaVA-1.5), `text` (a Llama, Mistral or Qwen2 folder without pictures).
+(transformers' LLaVA-1.5 and LLaVA-NeXT), `text` (a Llama, Mistral or Qwen2 folder without pictures).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.activations import ACT2FN
 
 from tinychat.errors import FormatError, ModelError
+from tinychat.tiling import Tiling
 
 Json = dict[str, Any]
 Layout = Literal["vila", "llava", "llava_hf", "text"]
@@ -28,6 +29,8 @@ FLOAT_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": 
 TEXT_FAMILIES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ASPECT_RATIOS = (None, "pad", "resize", "square")  # how a picture becomes the tower's square; None and square: plain
+ANYRES = "anyres"  # a picture becomes several squares: LLaVA-NeXT
+GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # where config.json has none
 DOWNSAMPLE = {  # projector type -> side of the block of patches that becomes one token
     "mlp_downsample": 2,
     "mlp_downsample_2x2_fix": 2,
@@ -92,7 +95,10 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """A CLIP or SigLIP tower, and which of its features go on: hidden_states[select_layer], with or without CLS."""
+    """A CLIP or SigLIP tower, and which of its features go on: hidden_states[select_layer], with or without CLS.
+
+    Several layers' features are joined, channel by channel.
+    """
 
     family: str
     hidden_size: int
@@ -104,7 +110,7 @@ class VisionConfig:
     num_channels: int
     hidden_act: str
     layer_norm_eps: float
-    select_layer: int = -2
+    select_layer: int | tuple[int, ...] = -2
     select_feature: str = "patch"
 
     def __post_init__(self) -> None:
@@ -119,6 +125,10 @@ class VisionConfig:
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def select_layers(self) -> tuple[int, ...]:
+        return (self.select_layer,) if isinstance(self.select_layer, int) else self.select_layer
 
     @property
     def has_class_token(self) -> bool:
@@ -178,9 +188,10 @@ class VilaConfig(PretrainedConfig):
         self.image_token: str = fields.pop("image_token", "<image>")
         self.image_token_id: int | None = fields.pop("image_token_id", None)
         self.image_aspect_ratio: str | None = fields.pop("image_aspect_ratio", None)
+        self.image_grid_pinpoints: list[list[int]] | None = fields.pop("image_grid_pinpoints", None)
         self.image_suffix: str = fields.pop("image_suffix", "")
         self.mm_vision_tower: str | None = fields.pop("mm_vision_tower", None)
-        self.mm_vision_select_layer: int = fields.pop("mm_vision_select_layer", -2)
+        self.mm_vision_select_layer: int | list[int] = fields.pop("mm_vision_select_layer", -2)
         self.mm_vision_select_feature: str = fields.pop("mm_vision_select_feature", "patch")
         self.mm_use_im_start_end: bool = fields.pop("mm_use_im_start_end", False)
         self.mm_use_im_patch_token: bool = fields.pop("mm_use_im_patch_token", False)
@@ -211,7 +222,7 @@ class VilaConfig(PretrainedConfig):
         cfg = self.mm_projector_cfg
         return ProjectorConfig(
             type=cfg.get("mm_projector_type", "linear"),
-            mm_hidden_size=vision.hidden_size,
+            mm_hidden_size=vision.hidden_size * len(vision.select_layers),
             hidden_size=self.text.hidden_size,
             act=cfg.get("hidden_act", "gelu"),
             bias=cfg.get("bias", True),
@@ -219,11 +230,22 @@ class VilaConfig(PretrainedConfig):
         )
 
     @property
+    def tiling(self) -> Tiling | None:
+        """How pictures are cut into tiles (LLaVA-NeXT); None where each is shown whole."""
+        cut = self.image_aspect_ratio == ANYRES and self.layout != "llava"
+        if not cut or self.image_grid_pinpoints is None or (vision := self.vision) is None:
+            return None
+        resolutions = tuple((int(height), int(width)) for height, width in self.image_grid_pinpoints)
+        return Tiling(resolutions, vision.image_size, vision.grid)
+
+    @property
     def tokens_per_image(self) -> int:
-        """Rows that one picture takes in the decoder, without `image_suffix`; 0 for a text-only model."""
+        """Rows that one picture takes in the decoder at most, without `image_suffix`; 0 for a text-only model."""
         vision, projector = self.vision, self.projector
         if vision is None or projector is None:
             return 0
+        if (tiling := self.tiling) is not None:
+            return tiling.most_tokens
         if projector.block == 1:
             return vision.num_features
         return (-(-vision.grid // projector.block)) ** 2
@@ -255,7 +277,7 @@ def _check_parts(raw: Json) -> None:
 
 def _check_pictures(config: VilaConfig) -> None:
     """Raises ModelError where the model was trained on pictures that are prepared in a way that is not ours."""
-    if (mode := config.image_aspect_ratio) not in ASPECT_RATIOS:
+    if (mode := config.image_aspect_ratio) not in ASPECT_RATIOS and config.tiling is None:
         works = ", ".join(name for name in ASPECT_RATIOS if name)
         raise ModelError(f"image_aspect_ratio is {mode!r}, which is not supported", f"works: {works}, or none")
     if (merge := getattr(config, "mm_patch_merge_type", None)) not in (None, "flat"):
@@ -289,13 +311,15 @@ def layout_of(raw: Mapping[str, Any]) -> Layout:
     model_type = raw.get("model_type", "")
     if "llm_cfg" in raw or model_type == "vila_llama":
         return "vila"
-    if "text_config" in raw and model_type == "llava":
+    if "text_config" in raw and model_type in ("llava", "llava_next"):
         return "llava_hf"
     if "mm_vision_tower" in raw:
         return "llava"
     if model_type in TEXT_FAMILIES:
         return "text"
-    supported = "VILA and NVILA folders, LLaVA-1.5 (both layouts), and text models of type " + ", ".join(TEXT_FAMILIES)
+    supported = (
+        f"VILA and NVILA folders, LLaVA-1.5 (both layouts), LLaVA-NeXT, text models ({', '.join(TEXT_FAMILIES)})"
+    )
     name = raw.get("architectures") or [model_type or "unknown"]
     raise ModelError(f"the architecture {name[0]} (model_type {model_type!r}) is not supported", f"works: {supported}")
 
@@ -364,9 +388,26 @@ def _from_llava_hf(raw: Json) -> Json:
         "bias": raw.get("multimodal_projector_bias", True),
     }
     fields["image_token_id"] = raw.get("image_token_index", raw.get("image_token_id", 32000))
-    fields["mm_vision_select_layer"] = _single_layer(raw.get("vision_feature_layer", -2))
     fields["mm_vision_select_feature"] = "patch" if strategy == "default" else "cls_patch"
+    if raw["model_type"] == "llava_next":
+        fields |= _tiles(raw, fields)
+    else:
+        fields["mm_vision_select_layer"] = _single_layer(raw.get("vision_feature_layer", -2))
     return {**fields, "layout": "llava_hf"}
+
+
+def _tiles(raw: Json, fields: Json) -> Json:
+    """What LLaVA-NeXT has beyond LLaVA-1.5. Raises ModelError where a tile's features would be no square."""
+    tower: str = fields["vision_tower_cfg"]["model_type"]
+    strategy, fitting = raw.get("vision_feature_select_strategy", "default"), "full" if "siglip" in tower else "default"
+    if strategy != fitting:
+        message = f"vision_feature_select_strategy is {strategy!r}: the features of a tile are then not a square"
+        raise ModelError(message, f"it is {fitting!r} with a tower of type {tower!r}")
+    return {
+        "image_aspect_ratio": ANYRES,
+        "image_grid_pinpoints": raw.get("image_grid_pinpoints") or GRID_PINPOINTS,
+        "mm_vision_select_layer": raw.get("vision_feature_layer", -2),
+    }
 
 
 def _single_layer(layer: object) -> int:
@@ -461,7 +502,7 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _vision_config(config: PretrainedConfig, select_layer: int, select_feature: str) -> VisionConfig:
+def _vision_config(config: PretrainedConfig, select_layer: int | list[int], select_feature: str) -> VisionConfig:
     family = config.model_type.removesuffix("_vision_model")
     if family not in ("clip", "siglip"):
         raise ModelError(f"the vision tower {config.model_type!r} is not supported", "works: clip, siglip")
@@ -477,6 +518,6 @@ def _vision_config(config: PretrainedConfig, select_layer: int, select_feature: 
         num_channels=raw.num_channels,
         hidden_act=raw.hidden_act,
         layer_norm_eps=raw.layer_norm_eps,
-        select_layer=select_layer,
+        select_layer=select_layer if isinstance(select_layer, int) else tuple(select_layer),
         select_feature=select_feature,
     )

@@ -14,7 +14,7 @@ from tinychat_kernels.layout import PER_ROW, QuantSpec
 Json = dict[str, Any]
 
 OUT_NAMES: Mapping[str, tuple[tuple[str, str], ...]] = {  # layout -> a name's beginning in memory, and on disk
-    "vila": (),
+    "vila": (("image_newline", "mm_projector.image_newline"),),
     "text": (("llm.", ""),),
     "llava_hf": (
         ("llm.", "language_model."),

@@ -77,7 +77,8 @@ class Need:
         kv = kv_bytes(text, self.kv_dtype or self.dtype) * context
         unpacking = _slice_bytes(text, self.dtype) if self.quantized else 0
         working = _chunk_bytes(text, context, min(self.chunk, context), self.dtype) + unpacking
-        encoding = _vision_bytes(vision, self.dtype) if vision is not None else 0
+        tiles = 1 if (tiling := self.config.tiling) is None else tiling.most_tiles
+        encoding = tiles * _vision_bytes(vision, self.dtype) if vision is not None else 0
         fixed = CUDA_CONTEXT if self.device.type == "cuda" else CPU_WORKSPACE
         return Plan(context, self.weights, kv, working, encoding, fixed + int(MARGIN * (self.weights + kv)), free)
 

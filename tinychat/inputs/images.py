@@ -23,6 +23,7 @@ from torch import Tensor
 from tinychat.config import VisionConfig
 from tinychat.core import Image
 from tinychat.errors import MediaError, ModelError
+from tinychat.tiling import Tiling
 
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 40_000_000
@@ -38,7 +39,10 @@ _UPRIGHT = {  # its value -> what brings the picture upright (Exif 2.3, 4.6.4)
     7: pillow.Transpose.TRANSVERSE,
     8: pillow.Transpose.ROTATE_90,
 }
-_PROCESSOR = re.compile(r"(CLIP|Bit|Siglip)(ImageProcessor|FeatureExtractor)")  # Bit's steps and defaults are CLIP's
+_PROCESSOR = re.compile(r"(CLIP|Bit|Siglip|LlavaNext)(ImageProcessor|FeatureExtractor)")
+_FAMILIES = {"Bit": "clip"}  # its steps and defaults are CLIP's
+TILES = "llavanext"
+_CLASSES = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", TILES: "LlavaNextImageProcessor"}
 _DAMAGED = (OSError, SyntaxError, EOFError, ValueError, TypeError, LookupError, struct.error, zlib.error)
 _TEXT = "a text file"
 _KNOWN_OTHERS = (  # (offset, signature, what it is)
@@ -223,33 +227,41 @@ def _orientation(picture: pillow.Image) -> int:
         return 1
 
 
-def image_processor_for(vision: VisionConfig, stored: dict[str, Any] | None = None) -> Any:
+def image_processor_for(
+    vision: VisionConfig, stored: dict[str, Any] | None = None, tiling: Tiling | None = None
+) -> Any:
     """transformers' PIL processor: from a preprocessor_config.json, or the family's usual one for `vision`.
 
-    Raises ModelError where the stored one is of a type that makes other pixels.
+    With `tiling`, one that makes tiles. Raises ModelError where the stored one is of a type that makes other pixels.
     """
     kind = str((stored or {}).get("image_processor_type") or (stored or {}).get("feature_extractor_type") or "")
-    family = _family_of(kind) if kind else vision.family
+    usually = vision.family if tiling is None else TILES
+    family = _family_of(kind, tiling is not None) if kind else usually
     side = vision.image_size
     square = {"height": side, "width": side}
+    clip = {"size": {"shortest_edge": side}, "crop_size": square}
     usual: dict[str, dict[str, Any]] = {
-        "clip": {"size": {"shortest_edge": side}, "crop_size": square},
+        "clip": clip,
         "siglip": {"size": square},
+        TILES: {**clip, "image_grid_pinpoints": list(map(list, tiling.resolutions if tiling else ()))},
     }
     return _processor_class(family).from_dict(dict(stored) if stored else usual[family])
 
 
-def _family_of(kind: str) -> str:
+def _family_of(kind: str, tiled: bool) -> str:
     match = _PROCESSOR.match(kind)
-    if match is None:
-        remedy = "take a model whose image processor is a CLIP or a SigLIP one"
-        raise ModelError(f"the image processor {kind!r} is not supported", remedy)
-    return "siglip" if match[1] == "Siglip" else "clip"
+    family = _FAMILIES.get(match[1], match[1].lower()) if match else ""
+    if not family or (family == TILES) != tiled:
+        wanted = "LLaVA-NeXT's" if tiled else "a CLIP or a SigLIP one"
+        raise ModelError(
+            f"the image processor {kind!r} is not supported", f"take a model whose image processor is {wanted}"
+        )
+    return family
 
 
 def _processor_class(family: str) -> Any:
     """Its name differs: `...Pil` since the plain name asks for torchvision, the plain name before that."""
-    stem = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[family]
+    stem = _CLASSES[family]
     return getattr(transformers, f"{stem}Pil", None) or getattr(transformers, stem)
 
 
@@ -276,6 +288,12 @@ def to_pixels(picture: pillow.Image, processor: Any, aspect_ratio: str | None = 
     _check_strip(picture, int(processor.size.get("shortest_edge") or 0))
     pixels = processor.preprocess(picture, return_tensors="np")["pixel_values"][0]
     return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+
+
+def to_tiles(picture: pillow.Image, processor: Any) -> Tensor:
+    """An RGB picture -> [tiles, 3, S, S] float32 as LLaVA-NeXT does, the whole picture first."""
+    made = processor.preprocess(picture, input_data_format="channels_last", return_tensors="np")
+    return torch.from_numpy(np.ascontiguousarray(made["pixel_values"][0], dtype=np.float32))
 
 
 def expand_to_square(picture: pillow.Image, colour: tuple[int, ...]) -> pillow.Image:

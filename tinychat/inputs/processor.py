@@ -18,6 +18,7 @@ from tinychat.errors import FormatError, ModelError, UsageError
 from tinychat.inputs import images as pictures
 from tinychat.inputs.marks import ANSWER, ANSWER_ID, IMAGE, IMAGE_ID, FastTokenizer, MarkedTokenizer
 from tinychat.inputs.templates import Template, Turn, choose
+from tinychat.tiling import Size, Tiles, Tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Processor:
         named = (config.llm_cfg or {}).get("chat_template")
         default = "plain" if config.layout == "text" else "vicuna_v1"
         self.template: Template = choose(self.marked, template, named if isinstance(named, str) else None, default)
-        self.tokens_per_image = config.tokens_per_image
+        self.tokens_per_image, self.tiling = config.tokens_per_image, config.tiling
         placeholder = _first_int(config.image_token_id, self.marked.image_token_id, 0)
         self.placeholder_id = placeholder if placeholder < config.text.vocab_size else 0
         self.image_suffix_ids: list[int] = self.marked.encode(config.image_suffix) if config.image_suffix else []
@@ -109,12 +110,23 @@ class Processor:
         loaded = tuple(pictures.load_image(image) for image in images)
         sizes = tuple(pictures.image_size(image) for image in loaded)
         marked, answers = self._render(request)
-        ids, slots = self._expand(self._with_bos(self.marked.encode(marked), bool(request.messages)), answers)
+        encoded = self._with_bos(self.marked.encode(marked), bool(request.messages))
+        ids, slots = self._expand(encoded, answers, [self.image_tokens(size) for size in sizes])
         return Prompt(ids, slots, tuple(f"{image.digest}:{self._mode}" for image in loaded), sizes, loaded)
 
-    def pixels(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
-        """[len(images), 3, H, W] float32: the prompt's pictures of these numbers, decoded now. Raises MediaError."""
-        return torch.stack([self._pixels(prompt.images[i]) for i in images])
+    def image_tokens(self, size: Size) -> int:
+        """Tokens of a picture of this height and width; tokens_per_image is the most that one takes."""
+        return self.tokens_per_image if self.tiling is None else self.tiling.tokens(size)
+
+    def pixels(self, prompt: Prompt, images: Sequence[int]) -> Any:
+        """What the model's encode_images takes for the prompt's pictures of these numbers, decoded now.
+
+        [len(images), 3, H, W] float32, or Tiles where the model cuts them. Raises MediaError.
+        """
+        if self.tiling is None:
+            return torch.stack([self._pixels(prompt.images[i]) for i in images])
+        tiles = [pictures.to_tiles(pictures.read_image(prompt.images[i]), self.image_processor) for i in images]
+        return Tiles(tuple(tiles), tuple(prompt.sizes[i] for i in images))
 
     def _pixels(self, image: Image) -> Tensor:
         picture = pictures.read_image(image)
@@ -180,7 +192,7 @@ class Processor:
         return [bos, *ids] if adds or (chat and self.template.bos) else ids
 
     def _expand(
-        self, marked: Iterable[int], answers: Sequence[Sequence[int]]
+        self, marked: Iterable[int], answers: Sequence[Sequence[int]], lengths: Sequence[int]
     ) -> tuple[tuple[int, ...], tuple[Slot, ...]]:
         ids: list[int] = []
         slots: list[Slot] = []
@@ -189,8 +201,9 @@ class Processor:
             if i == ANSWER_ID:
                 ids += next(remaining)
             elif i == IMAGE_ID:
-                slots.append(Slot(len(ids), len(ids) + self.tokens_per_image, len(slots)))
-                ids += [self.placeholder_id] * self.tokens_per_image + self.image_suffix_ids
+                length = lengths[len(slots)]
+                slots.append(Slot(len(ids), len(ids) + length, len(slots)))
+                ids += [self.placeholder_id] * length + self.image_suffix_ids
             else:
                 ids.append(i)
         return tuple(ids), tuple(slots)
@@ -236,7 +249,17 @@ def _mode(image_processor: Any | None, config: VilaConfig) -> str:
     if vision is not None and (height, width) != (vision.image_size, vision.image_size):
         sizes = f"makes {height} x {width} pixels, the vision tower takes {vision.image_size} x {vision.image_size}"
         raise ModelError(f"the image processor {sizes}", "correct preprocessor_config.json or config.json")
+    if (tiling := config.tiling) is not None:
+        _check_resolutions(image_processor, tiling)
     return f"{config.image_aspect_ratio or 'plain'}{height}x{width}"
+
+
+def _check_resolutions(image_processor: Any, tiling: Tiling) -> None:
+    """Raises ModelError where pictures would be cut otherwise than the model puts them together."""
+    theirs = [tuple(resolution) for resolution in image_processor.image_grid_pinpoints]
+    if theirs != list(tiling.resolutions):
+        message = f"image_grid_pinpoints are {theirs} for the image processor, {list(tiling.resolutions)} for the model"
+        raise ModelError(message, "correct preprocessor_config.json or config.json")
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -283,7 +306,8 @@ def _read_image_processor(folder: Path, config: VilaConfig) -> Any | None:
         return None
     for path in (folder / "vision_tower" / "preprocessor_config.json", folder / "preprocessor_config.json"):
         if path.is_file():
-            return pictures.image_processor_for(vision, read_json(path))
+            return pictures.image_processor_for(vision, read_json(path), config.tiling)
     if _has(folder, "processor_config"):  # transformers 5 keeps it inside the processor's file
-        return pictures.image_processor_for(vision, read_json(folder / "processor_config.json").get("image_processor"))
-    return pictures.image_processor_for(vision)
+        stored = read_json(folder / "processor_config.json").get("image_processor")
+        return pictures.image_processor_for(vision, stored, config.tiling)
+    return pictures.image_processor_for(vision, tiling=config.tiling)

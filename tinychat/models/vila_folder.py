@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ def save_folder(model: VilaLlamaForCausalLM, folder: Path) -> None:
     for name, key in PARTS.items():
         module = model.get_vision_tower() if name == "vision_tower" else getattr(model, name)
         if isinstance(module, nn.Module):
-            write_safetensors(_tensors(module), folder / name)
+            newline = [] if name != "mm_projector" or model.image_newline is None else [model.image_newline]
+            named = (("image_newline", tensor.detach().cpu()) for tensor in newline)
+            write_safetensors(chain(_tensors(module), named), folder / name)
             _write_json(folder / name / "config.json", _part_config(model.config, key))
         else:
             _remove_part(folder / name)

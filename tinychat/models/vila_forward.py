@@ -18,6 +18,7 @@ from tinychat.errors import UsageError
 from tinychat.layers.kv_cache import KVCache
 from tinychat.models.llama import DecoderOutput
 from tinychat.models.vila_fusion import IGNORE_INDEX, IMAGE_TOKEN_INDEX, gather, justify, unjustify
+from tinychat.tiling import Tiles
 
 if TYPE_CHECKING:
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
@@ -37,7 +38,7 @@ class ForwardArgs:
     use_cache: bool | None
     output_attentions: bool
     output_hidden_states: bool
-    images: Tensor | list[Tensor] | None
+    images: Tensor | list[Tensor] | Tiles | None
     special_token: bool
     chunk_prefilling: bool
 

@@ -48,14 +48,14 @@ def fill_slots(embeds: Tensor, slots: Sequence[tuple[int, int]], features: Seque
     return out
 
 
-def split_blocks(counts: Sequence[int], features: Tensor, placeholders: int) -> list[Tensor]:
-    """features `[N, n, D]` of pictures that came as groups of these counts -> one block `[m, D]` a placeholder.
+def split_blocks(counts: Sequence[int], features: Tensor | list[Tensor], placeholders: int) -> list[Tensor]:
+    """features `[N, n, D]`, or N of `[n, D]`, that came as groups of these counts -> a block `[m, D]` a placeholder.
 
     Either every picture has its placeholder, or every group has one and its pictures (frames) are joined.
     """
     if placeholders == len(features):
         return list(features)
-    if placeholders == len(counts):
+    if placeholders == len(counts) and isinstance(features, Tensor):
         return [group.flatten(0, 1) for group in features.split(list(counts))]
     raise UsageError(
         f"the ids hold {placeholders} image placeholders, {len(features)} images came",

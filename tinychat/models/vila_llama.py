@@ -21,12 +21,13 @@ from tinychat.errors import ModelError, UsageError
 from tinychat.layers.cpu_decoder import CpuDecoder
 from tinychat.layers.cuda_decoder import CudaDecoder
 from tinychat.layers.kv_cache import KVCache, KVPool, start_positions
+from tinychat.layers.one_call import Obstacle
 from tinychat.models import vila_fusion
 from tinychat.models.llama import LlamaForCausalLM
 from tinychat.models.llava_base.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from tinychat.models.vila_forward import Forward, ForwardArgs
 from tinychat.models.vila_fusion import IMAGE_TOKEN_INDEX
-from tinychat_kernels.errors import KernelError
+from tinychat.tiling import Tiles
 
 CHUNK = 512  # tokens of a prefill chunk: activation memory does not grow with the prompt
 OWNED_CAPACITY = 4096  # tokens a row of a cache that nobody sized
@@ -63,7 +64,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         self.obstacle: str | None = None  # to running the decoder as a whole, when that was last tried
         self.kv_dtype: torch.dtype | None = None
         self.llm = LlamaForCausalLM(config.text)
-        self.build_vision(config.vision, config.projector)
+        self.build_vision(config.vision, config.projector, config.tiling)
         dtype = _dtype_of(config, self.llm.lm_head.weight.device)
         if dtype != self.llm.lm_head.weight.dtype:
             nn.Module.to(self, dtype)  # transformers' own wrapper has no types
@@ -88,7 +89,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        images: Tensor | list[Tensor] | None = None,
+        images: Tensor | list[Tensor] | Tiles | None = None,
         return_dict: bool | None = None,
         special_token: bool = False,
         chunk_prefilling: bool = False,
@@ -207,7 +208,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             self._one_call, self.obstacle = None, None
             try:
                 self._one_call = way.of(self.llm, self.llm.config)
-            except KernelError as error:
+            except Obstacle as error:
                 self.obstacle = str(error)
 
     # The cache that the model owns: a plain attribute, outside state_dict, pickle and deepcopy.

@@ -10,16 +10,19 @@ from transformers.configuration_utils import PretrainedConfig
 
 from tinychat.config import VisionConfig
 from tinychat.layers.cpu_tower import CpuTower
+from tinychat.layers.one_call import Obstacle
 from tinychat.layers.parallel import WeightSource
 from tinychat.models.clip import CLIPVisionTransformer, check_pixels
 from tinychat.models.siglip import SiglipVisionTransformer
-from tinychat_kernels.errors import KernelError
 
 _TOWERS = {"clip": CLIPVisionTransformer, "siglip": SiglipVisionTransformer}
 
 
 class VisionTower(nn.Module):
-    """pixels `[N, 3, H, W]` -> `[N, features, Dv]`: hidden_states[select_layer], without CLS for feature "patch"."""
+    """pixels `[N, 3, H, W]` -> `[N, features, Dv]`: hidden_states[select_layer], without CLS for feature "patch".
+
+    Of several layers the features are joined: Dv is their widths' sum.
+    """
 
     def __init__(self, config: VisionConfig | PretrainedConfig, weights: WeightSource | None = None) -> None:
         super().__init__()
@@ -31,14 +34,18 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         keeps_gradients = pixels.requires_grad and torch.is_grad_enabled()
         one_call = None if keeps_gradients else self.one_call
-        if one_call is None:
-            hidden = self.vision_model.hidden_state(pixels, self.config.select_layer)
-        else:
-            check_pixels(pixels, self.config)
-            depth = self.vision_model.encoder.depth(self.config.select_layer)
-            hidden = one_call.forward(pixels, depth).to(self.vision_model.embeddings.patch_embedding.weight.dtype)
+        found = [self._hidden(pixels, layer, one_call) for layer in self.config.select_layers]
+        hidden = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
         drop_class = self.config.has_class_token and self.config.select_feature == "patch"
         return hidden[:, 1:] if drop_class else hidden
+
+    def _hidden(self, pixels: Tensor, layer: int, one_call: CpuTower | None) -> Tensor:
+        """hidden_states[layer] `[N, tokens, D]`."""
+        if one_call is None:
+            return self.vision_model.hidden_state(pixels, layer)
+        check_pixels(pixels, self.config)
+        depth = self.vision_model.encoder.depth(layer)
+        return one_call.forward(pixels, depth).to(self.vision_model.embeddings.patch_embedding.weight.dtype)
 
     @property
     def one_call(self) -> CpuTower | None:
@@ -47,7 +54,7 @@ class VisionTower(nn.Module):
             self._one_call, self.obstacle = None, None
             try:
                 self._one_call = CpuTower.of(self.vision_model, self.config)
-            except KernelError as error:
+            except Obstacle as error:
                 self.obstacle = str(error)
         return self._one_call
 

@@ -19,9 +19,11 @@ from tinychat.config import ProjectorConfig, VilaConfig, VisionConfig, read_json
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.torch_threads import one_thread
 from tinychat.models import vila_fusion
+from tinychat.models.anyres import pack_tiles
 from tinychat.models.projector import Projector
 from tinychat.models.vila_fusion import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from tinychat.models.vision_tower import VisionTower
+from tinychat.tiling import Tiles, Tiling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,15 +38,22 @@ class LlavaMetaModel:
     config: VilaConfig
     vision_tower: VisionTower | None
     mm_projector: Projector | None
+    image_newline: nn.Parameter | None
+    tiling: Tiling | None
 
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]  # a mixin: the next class in line takes the config
-        self.build_vision(config.vision, config.projector)
+        self.build_vision(config.vision, config.projector, config.tiling)
 
-    def build_vision(self, vision: VisionConfig | None, projector: ProjectorConfig | None) -> None:
-        """Make the tower and the projector with empty parameters; None leaves them out."""
+    def build_vision(
+        self, vision: VisionConfig | None, projector: ProjectorConfig | None, tiling: Tiling | None = None
+    ) -> None:
+        """Make the tower, the projector and, for tiles, the newline with empty parameters; None leaves them out."""
         self.vision_tower = VisionTower(vision) if vision else None
         self.mm_projector = Projector(projector) if projector else None
+        self.tiling = tiling
+        width = projector.hidden_size if projector and tiling else None
+        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5) if width else None
 
     def get_vision_tower(self) -> nn.Module | None:
         """The tower, or None for a text-only model. A list (as FSDP wraps it) is opened."""
@@ -116,24 +125,41 @@ class LlavaMetaForCausalLM(ABC):
         """ids of any shape -> embeddings `[..., D]`."""
         return self.get_input_embeddings()(ids)  # type: ignore[attr-defined]  # every PreTrainedModel has it
 
-    def encode_images(self, images: Tensor | list[Tensor]) -> Tensor:
+    def encode_images(self, images: Tensor | list[Tensor] | Tiles) -> Tensor | list[Tensor]:
         """(B, C, H, W), 5-D (B, n, C, H, W) or a list of (C, H, W) or (n, C, H, W) -> features `[N, n, D]`.
 
-        N counts the pictures in order. Raises ModelError for a text-only model.
+        N counts the pictures in order. A model that cuts them takes Tiles, and gives `[n, D]` of each picture's own n.
+        Raises ModelError for a text-only model, UsageError for whole pictures where tiles are wanted or the reverse.
         """
         return self._encode(images)[0]
 
-    def _encode(self, images: Tensor | list[Tensor]) -> tuple[Tensor, list[int]]:
+    def _encode(self, images: Tensor | list[Tensor] | Tiles) -> tuple[Tensor | list[Tensor], list[int]]:
         """The features of all pictures, and how many pictures each element of `images` held."""
         tower, model = self.get_vision_tower(), self.get_model()
         if tower is None or model.mm_projector is None:
             raise ModelError("this model reads text only", "choose a vision-language model to ask about pictures")
+        if isinstance(images, Tiles) or model.image_newline is not None:
+            return self._encode_tiles(tower, images), [1] * len(images)
         if isinstance(images, Tensor) and images.dim() == 4:
             return self._features(tower, images), [1] * len(images)
         if not len(images):
             return self.get_input_embeddings().weight.new_zeros(0, 0, model.mm_projector.config.hidden_size), []  # type: ignore[attr-defined]
         groups = [image[None] if image.dim() == 3 else image for image in images]
         return self._features(tower, torch.cat(groups)), [len(group) for group in groups]
+
+    def _encode_tiles(self, tower: Any, images: Tensor | list[Tensor] | Tiles) -> list[Tensor]:
+        """`[n, D]` a picture. All tiles of all pictures go through the tower together."""
+        tiling, newline = self.get_model().tiling, self.get_model().image_newline
+        if not isinstance(images, Tiles):
+            remedy = "give tinychat.tiling.Tiles, as a Processor's pixels are"
+            raise UsageError("the model cuts its pictures into tiles, and pixels came without sizes", remedy)
+        if tiling is None:
+            raise UsageError("the model looks at whole pictures, and tiles came", "give pixels [B, 3, H, W]")
+        if not len(images):
+            return []
+        features = self._features(tower, torch.cat(images.pixels)).split([len(tiles) for tiles in images.pixels])
+        pairs = zip(features, images.sizes, strict=True)
+        return [pack_tiles(tiles, tiling, size, newline) for tiles, size in pairs]
 
     def _features(self, tower: Any, pixels: Tensor) -> Tensor:
         """What tower and projector make of pictures. Beside the CPU kernels torch's own threads stand in the way."""
@@ -148,7 +174,7 @@ class LlavaMetaForCausalLM(ABC):
         attention_mask: Tensor | None,
         past_key_values: Any,
         labels: Tensor | None,
-        images: Tensor | list[Tensor] | None,
+        images: Tensor | list[Tensor] | Tiles | None,
     ) -> Multimodal:
         """Ids with IMAGE_TOKEN_INDEX and pictures -> (None, position_ids, attention_mask, past, embeds, labels).
 
@@ -171,7 +197,7 @@ class LlavaMetaForCausalLM(ABC):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        images: Tensor | list[Tensor],
+        images: Tensor | list[Tensor] | Tiles,
     ) -> vila_fusion.Batch:
         """ids `[B, T]` with placeholders, and pictures -> one padded batch of embeddings; see the method above."""
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
