@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a random model of any supported layout and architecture, with a tokenizer: for tests and benchmarks.
 
-    scripts/make_tiny_model.py DIR [--layout vila|llava|llava_hf|text] [--shape tiny|1b|3b|8b] [--quantize GROUP]
+    scripts/make_tiny_model.py DIR [--layout vila|llava|llava_hf|llava_next|text] [--shape tiny|1b|3b|8b] [--quantize N]
 
 The tensors' names and shapes are written down here, apart from the model classes: loading such a folder checks them.
 """
@@ -398,12 +398,24 @@ def _write_llava(folder: Path, shape: Shape, recipe: Recipe) -> None:
 
 
 def _write_llava_hf(folder: Path, shape: Shape, recipe: Recipe) -> None:
+    _write_hf(folder, shape, recipe, "llava")
+
+
+def _write_llava_next(folder: Path, shape: Shape, recipe: Recipe) -> None:
+    _write_hf(folder, shape, recipe, "llava_next")
+
+
+def _write_hf(folder: Path, shape: Shape, recipe: Recipe, kind: str) -> None:
+    """A folder of transformers' LLaVA, or of its LLaVA-NeXT."""
     if shape.projector != "mlp2x_gelu":
         raise UsageError(f"the projector is {shape.projector}", "the layout llava_hf knows mlp2x_gelu alone")
-    strategy = "default" if shape.vision == "clip" else "full"
+    strategy, side = "default" if shape.vision == "clip" else "full", shape.image_size
+    name = {"llava": "Llava", "llava_next": "LlavaNext"}[kind]
+    pinpoints = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
+    tiles: Json = {"image_grid_pinpoints": pinpoints} if kind == "llava_next" else {}
     root = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"{name}ForConditionalGeneration"],
+        "model_type": kind,
         "dtype": str(recipe.dtype).removeprefix("torch."),
         "text_config": text_config(shape, recipe),
         "vision_config": vision_config(shape),
@@ -413,12 +425,17 @@ def _write_llava_hf(folder: Path, shape: Shape, recipe: Recipe) -> None:
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": shape.tied,
+        **tiles,
         **_quantization(recipe, "vision_tower", "multi_modal_projector"),
     }
     write_json(folder / "config.json", root)
-    write_json(folder / "preprocessor_config.json", preprocessor_config(shape))
+    pictures = preprocessor_config(shape)
+    if tiles:
+        pictures |= {**tiles, "image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
+        pictures |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    write_json(folder / "preprocessor_config.json", pictures)
     extra = {"num_additional_image_tokens": int(shape.vision == "clip"), "image_token": IMAGE}
-    processor = {"processor_class": "LlavaProcessor", "vision_feature_select_strategy": strategy}
+    processor = {"processor_class": f"{name}Processor", "vision_feature_select_strategy": strategy}
     write_json(folder / "processor_config.json", {**processor, "patch_size": shape.patch_size, **extra})
     numbers = {"0": "linear_1", "2": "linear_2"}
     named = ((f"{numbers[name[0]]}{name[1:]}", dims) for name, dims in projector_tensors(shape))
@@ -426,12 +443,19 @@ def _write_llava_hf(folder: Path, shape: Shape, recipe: Recipe) -> None:
         drawn(decoder_tensors(shape), recipe, "language_model."),
         drawn(tower_tensors(shape), recipe, "vision_tower.vision_model."),
         drawn(named, recipe, "multi_modal_projector."),
+        drawn(iter([("image_newline", (shape.hidden_size,))] if tiles else []), recipe),
     )
     write_safetensors((tensor for part in parts for tensor in part), folder, recipe.shard_size)
     _write_words(folder, shape, image=True)
 
 
-_WRITERS = {"vila": _write_vila, "llava": _write_llava, "llava_hf": _write_llava_hf, "text": _write_text}
+_WRITERS = {
+    "vila": _write_vila,
+    "llava": _write_llava,
+    "llava_hf": _write_llava_hf,
+    "llava_next": _write_llava_next,
+    "text": _write_text,
+}
 
 
 CHOICES = {

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     SiglipVisionModel,
 )
 
@@ -53,6 +54,19 @@ def test_transformers_loads_the_llava_layout_and_its_processor(tmp_path, vision)
     assert torch.isfinite(model(**inputs).logits).all()
 
 
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (1, 1000), (198, 176)])
+def test_transformers_loads_the_llava_next_layout_and_its_processor(tmp_path, vision, height, width):
+    model = loads_whole(LlavaNextForConditionalGeneration, make_tiny_model(tmp_path, "llava_next", vision=vision))
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    pixels = torch.zeros(3, height, width, dtype=torch.uint8)
+    inputs = processor(text=f"{IMAGE}\nWhat is this?", images=pixels, return_tensors="pt")
+    tiling = read_config(tmp_path).tiling
+    assert tiling is not None
+    assert (inputs["input_ids"] == 259).sum() == tiling.tokens((height, width))
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
 @pytest.mark.parametrize(("vision", "kind"), [("clip", CLIPVisionModel), ("siglip", SiglipVisionModel)])
 @pytest.mark.parametrize("layout", ["vila", "llava"])
 def test_transformers_loads_the_parts_of_the_other_layouts(tmp_path, layout, vision, kind):
@@ -81,7 +95,7 @@ def test_projectors_get_our_names(tmp_path, layout, projector):
     assert sum(name.startswith("mm_projector.layers.") for name in names) >= 2
 
 
-@pytest.mark.parametrize("layout", ["vila", "llava", "llava_hf", "text"])
+@pytest.mark.parametrize("layout", ["vila", "llava", "llava_hf", "llava_next", "text"])
 def test_the_tokenizer_chats(tmp_path, layout):
     make_tiny_model(tmp_path, layout)
     words = AutoTokenizer.from_pretrained(tmp_path / "llm" if layout == "vila" else tmp_path)
@@ -90,7 +104,7 @@ def test_the_tokenizer_chats(tmp_path, layout):
     ids = words.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
     assert ids[0] == words.convert_tokens_to_ids("<|im_start|>")
     assert words.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert (IMAGE in words.get_vocab()) == (layout == "llava_hf")
+    assert (IMAGE in words.get_vocab()) == (layout in ("llava_hf", "llava_next"))
 
 
 def test_the_seed_makes_the_model(tmp_path):
