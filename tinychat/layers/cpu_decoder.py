@@ -19,9 +19,9 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache
 from tinychat.layers.linear import QuantLinear
 from tinychat.layers.norm import RMSNorm
+from tinychat.layers.one_call import Obstacle, refused
 from tinychat.layers.rotary import Rope, cos_sin
 from tinychat_kernels.cpu import SCALES, Packed
-from tinychat_kernels.errors import KernelError
 
 FIRST_ANGLES = 4096  # positions that the first rotary table holds
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -83,10 +83,11 @@ class CpuDecoder:
 
     @classmethod
     def of(cls, llm: nn.Module, config: Config) -> CpuDecoder:
-        """Raises KernelError where `obstacle` names one, or the kernels do not take the model's sizes."""
+        """Raises Obstacle where `obstacle` names one, or the kernels do not take the model's sizes."""
         if (reason := obstacle(llm, config)) is not None:
-            raise KernelError(reason)
-        return cls(llm, config)
+            raise Obstacle(reason)
+        with refused():
+            return cls(llm, config)
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tinychat.layers.int8_linear import Int8Linear
+from tinychat.layers.one_call import Obstacle, refused
 from tinychat.layers.packed_linear import PackedLinear
 from tinychat_kernels.cpu import Packed
-from tinychat_kernels.errors import KernelError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 MLP = ("fc1", "fc2")
@@ -64,10 +64,11 @@ class CpuTower:
 
     @classmethod
     def of(cls, tower: nn.Module, config: Config) -> CpuTower:
-        """Raises KernelError where `obstacle` names one, or the kernels do not take the tower's sizes or activation."""
+        """Raises Obstacle where `obstacle` names one, or the kernels do not take the tower's sizes or activation."""
         if (reason := obstacle(tower)) is not None:
-            raise KernelError(reason)
-        return cls(tower, config)
+            raise Obstacle(reason)
+        with refused():
+            return cls(tower, config)
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""

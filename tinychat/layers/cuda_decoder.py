@@ -22,6 +22,7 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache, KVPool
 from tinychat.layers.linear import QuantLinear
 from tinychat.layers.norm import RMSNorm
+from tinychat.layers.one_call import Obstacle, refused
 from tinychat.layers.rotary import cos_sin
 from tinychat_kernels import cuda
 from tinychat_kernels.cuda_decoder import MOST_ROWS, Decoder, Layer, Linear, Step, Weights
@@ -57,13 +58,14 @@ class CudaDecoder:
 
     @classmethod
     def of(cls, llm: nn.Module, config: Config) -> CudaDecoder:
-        """Raises KernelError where `obstacle` names one, or the kernels do not take the model's sizes."""
+        """Raises Obstacle where `obstacle` names one, or the kernels do not take the model's sizes."""
         if (reason := obstacle(llm, config)) is not None:
-            raise KernelError(reason)
+            raise Obstacle(reason)
         from tinychat_kernels.cuda_gpu import gpu
 
-        device = gpu(_device(llm).index or 0)
-        return cls(llm, config, device, device.processors)
+        with refused():
+            device = gpu(_device(llm).index or 0)
+            return cls(llm, config, device, device.processors)
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""
