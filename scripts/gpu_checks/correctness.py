@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from gpu_checks import compiling, decoding
+from gpu_checks import compiling, decoding, embedded
 from gpu_checks.decoders import random_packed
 from gpu_checks.machine import DRY_OPS, SEED, Machine
 from gpu_checks.random_ops import RANDOM, Case, Sizes
@@ -43,6 +43,7 @@ def run(machine: Machine, store: Store) -> None:
     store.get(STAGE, "autoawq", lambda: of_autoawq(machine))
     for name, check in decoding.CHECKS.items():
         store.get(STAGE, name, partial(check, machine))
+    store.get(STAGE, "the embedded model", lambda: embedded.answers(machine))
 
 
 def dtypes(machine: Machine) -> list[torch.dtype]:
