@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinychat.core import SamplingParams, TopToken
 from tinychat.engine.logprobs import top_tokens
-from tinychat.engine.warpers import bias_scores, penalize_counts, penalize_repetition, warpers
+from tinychat.engine.warpers import bias_scores, penalize_counts, penalize_repetition, scale, warpers
 from tinychat.engine.watermark import mark
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.torch_threads import one_thread
@@ -66,17 +66,13 @@ class Sampler:
             raw = logits.float()
             if not raw.max().isfinite():
                 raise no_numbers(logits)
-            scores = self.process(raw, generated)
-            if not scores.max().isfinite():
-                raise UsageError(
-                    "the sampling settings leave no token to draw",
-                    "give less extreme values of logit_bias and the penalties",
-                )
-            token = int(scores.argmax(-1)) if self.params.temperature == 0 else self._draw(scores)
+            scores, ids = self._candidates(raw, generated)
+            place = int(scores.argmax(-1)) if self.params.temperature == 0 else self._draw(scores)
+            token = place if ids is None else int(ids[place])
             logprobs = raw.log_softmax(-1)
             processed = logprobs if scores is raw else scores.log_softmax(-1)
             top = top_tokens(raw, logprobs, self.params.top_n_tokens)
-            return Draw(token, float(logprobs[token]), float(processed[token]), top)
+            return Draw(token, float(logprobs[token]), float(processed[place]), top)
 
     @property
     def greedy(self) -> bool:
@@ -87,7 +83,7 @@ class Sampler:
     def temperature(self) -> float | None:
         """What alone decides about a draw, beside the logits; None where more is asked for, such as a penalty."""
         params = self.params
-        more = self._penalized or params.top_n_tokens or len(self._warpers) > (params.temperature not in (0, 1))
+        more = self._penalized or params.top_n_tokens or self._warpers
         return None if more else params.temperature
 
     def number(self) -> float:
@@ -96,11 +92,26 @@ class Sampler:
 
     def process(self, scores: Tensor, generated: Sequence[int]) -> Tensor:
         """Scores `[V]` float32 -> the scores that are drawn from; -inf is out. Changes nothing, draws nothing."""
+        kept, ids = self._candidates(scores, generated)
+        return kept if ids is None else torch.full_like(scores, -math.inf).index_copy(-1, ids, kept)
+
+    def _candidates(self, scores: Tensor, generated: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Scores `[V]` -> those that are drawn from, and which tokens they are of (None: of all)."""
+        temperature, ids = self.params.temperature, None
         if self._penalized:
             scores = self._penalize(self._add_bias(self._mark(scores, generated)), generated)
+        if temperature not in (0, 1):
+            scores = scale(scores, temperature)
+        if not scores.max().isfinite():
+            raise UsageError(
+                "the sampling settings leave no token to draw",
+                "give less extreme values of logit_bias and the penalties",
+            )
         for warp in self._warpers:
             scores = warp(scores)
-        return scores
+            kept = scores.isfinite().nonzero()[:, 0]  # few: the next step and the draw have less to do
+            scores, ids = scores[kept], kept if ids is None else ids[kept]
+        return scores, ids
 
     def _mark(self, scores: Tensor, generated: Sequence[int]) -> Tensor:
         previous = generated[-1] if generated else self._last

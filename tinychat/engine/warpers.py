@@ -27,11 +27,9 @@ def bias_scores(scores: Tensor, ids: Tensor, values: Tensor) -> Tensor:
 
 def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """Makes each of ids `[N]` less likely, once (CTRL, Keskar et al. 2019); ids beyond the vocabulary do not count."""
-    vocabulary = scores.shape[-1]
-    seen = torch.zeros(vocabulary + 1, dtype=torch.bool, device=scores.device)
-    seen[ids.clamp(max=vocabulary)] = True
-    penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
-    return torch.where(seen[:vocabulary], penalized, scores)
+    seen = ids[ids < scores.shape[-1]]
+    before = scores.index_select(-1, seen)
+    return scores.index_copy(-1, seen, torch.where(before < 0, before * penalty, before / penalty))
 
 
 def penalize_counts(scores: Tensor, ids: Tensor, frequency: float, presence: float) -> Tensor:
@@ -84,11 +82,10 @@ def _drop(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def warpers(params: SamplingParams) -> tuple[Warper, ...]:
-    """The steps of a draw that these params ask for, in order; none where the answer is greedy."""
+    """The steps that leave tokens out, those that these params ask for, in order; none where the answer is greedy."""
     if params.temperature == 0:
         return ()
     steps: tuple[tuple[bool, Warper], ...] = (
-        (params.temperature != 1, partial(scale, temperature=params.temperature)),
         (params.top_k > 0, partial(keep_top_k, k=params.top_k)),
         (params.top_p < 1, partial(keep_top_p, p=params.top_p)),
         (params.min_p > 0, partial(keep_min_p, p=params.min_p)),
