@@ -11,23 +11,25 @@ from gpu_checks.store import Json
 
 
 def answers(machine: Machine) -> Json:
-    """All questions about the samples, by the CUDA kernels; a dry run asks one of them on the CPU."""
+    """All questions about the samples, by the CUDA kernels; a dry run asks one, in float32 on the CPU."""
     try:
         from tinychat.core import Finished, Image, Message, Request, Text
         from tinychat.engine.engine import Engine
         from tinychat.eval.demo import correct
         from tinychat.eval.demo.showcase import QUESTIONS
-        from tinychat.load import EMBEDDED, load
+        from tinychat.load import EMBEDDED, load_folder
+        from tinychat.placement import Placement
     except ImportError as error:
         return {"missing": str(error)}
-    model, processor = load(device=machine.device, dtype=None if machine.dry else torch.float16)
-    engine, asked = Engine(model, processor), QUESTIONS[:1] if machine.dry else QUESTIONS
+    dtype = torch.float32 if machine.dry else torch.float16
+    ready = load_folder(EMBEDDED, Placement(dtype, machine.device, dequantize=machine.dry))
+    engine, asked = Engine(ready.model, ready.processor), QUESTIONS[:1] if machine.dry else QUESTIONS
     for one in asked:
         pictures = [Image(path=str(EMBEDDED.parent / "samples" / name)) for name in one.pictures]
         *_, end = engine.run([Request("r", (Message("user", (*pictures, Text(one.question))),))])
         said: Any = end.text if isinstance(end, Finished) else end
         if not isinstance(end, Finished) or not correct(end.text, one.answer, one.task):
             return {"right": False, "said": f"{one.question!r} about {one.pictures} is answered by {said!r}"}
-    if not machine.dry and not model.can_draw:
+    if not machine.dry and not ready.model.can_draw:
         return {"right": False, "said": "the CUDA kernels did not run its decoder"}
     return {"right": True, "said": f"{len(asked)} questions"}
