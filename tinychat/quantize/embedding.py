@@ -40,6 +40,8 @@ class Embedder:
         for name in ("vision_tower", "mm_projector"):
             if isinstance(module := getattr(self.model, name), nn.Module):
                 self._fill(module, part(source.index, f"{name}."), stream)
+        if (name := "image_newline") in source.index:
+            fill(self.model, Index({name: source.index.entry(name)}), device)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[Prompt], seqlen: int) -> Iterator[Tensor]:

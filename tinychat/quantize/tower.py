@@ -23,6 +23,7 @@ from tinychat.quantize.calibration import Data
 from tinychat.quantize.embedding import fill
 from tinychat.quantize.job import TOWER_LAYER, Job, Source, part, tower_layer
 from tinychat.quantize.states import States, writing
+from tinychat.tiling import Tiles
 from tinychat.weight_files import entries_of
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.int8 import Int8, quantize_rows
@@ -77,7 +78,8 @@ class Encoders:
         fill(tower, Index({name: index.entry(name) for name in outside}), self.device)
         for prompt, image in shown(data):
             pixels = processor.pixels(prompt, [image]).to(self.device)
-            yield tower.vision_model.hidden_state(pixels, 0)[0]
+            whole = pixels.pixels[0][:1] if isinstance(pixels, Tiles) else pixels
+            yield tower.vision_model.hidden_state(whole, 0)[0]
 
 
 @dataclass(frozen=True)
