@@ -166,6 +166,14 @@ def kind(rows: int, bits: int) -> str:
     return "gemm" if bits == 4 and rows <= MOST_GEMM_ROWS else "dequantize"
 
 
+def variant(rows: int, bits: int) -> str:
+    """The kind, and which of its kernels."""
+    how = kind(rows, bits)
+    if how == "gemv":
+        return f"gemv m{1 if rows == 1 else cuda_linear.GEMV_ROWS}"
+    return f"gemm r{cuda_linear.gemm_block(rows).rows}" if how == "gemm" else how
+
+
 def launch_linear(
     launch: Launch, x: Tensor, packed: Packed, bias: Tensor | None, out: Tensor, processors: int = 1
 ) -> None:
@@ -226,7 +234,7 @@ def _float(packed: Packed, dtype: torch.dtype) -> Tensor:
 def passed(device: Gpu, packed: Packed, dtype: torch.dtype, rows: int) -> bool:
     """Whether a shape's check has passed on this GPU: made at first use, and not while a graph is captured."""
     sizes = f"{packed.inputs}x{packed.outputs} g{packed.group} {packed.scale}".replace("torch.", "")
-    name = f"{kind(rows, packed.bits)} {packed.bits} bits {sizes} {dtype}".replace("torch.", "")
+    name = f"{variant(rows, packed.bits)} {packed.bits} bits {sizes} {dtype}".replace("torch.", "")
     return _passed(device, name, lambda: check(device, packed, dtype, rows))
 
 

@@ -6,21 +6,27 @@ one step leaves the inputs of the next. The same launches run in the emulator.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinychat_kernels import cuda, cuda_ops
+from tinychat_kernels import cuda, cuda_checks, cuda_golden, cuda_ops
 from tinychat_kernels.cuda_layout import Packed
 from tinychat_kernels.cuda_ops import Draw, Heads, Launch, Partial, Where
 from tinychat_kernels.cuda_ops import Layer as Cached
 from tinychat_kernels.errors import KernelError
 
+if TYPE_CHECKING:
+    from tinychat_kernels.cuda_gpu import Gpu
+
 MOST_ROWS = 8  # of a step that is one graph
 VECTOR = 8  # numbers: what widths are multiples of
+CHECKED_OPS = ("norm", "rope_kv", "attn_decode", "sample")  # beside the linears
+CHECKED_ROWS = (1, MOST_ROWS, 16, 32, 64, 128, cuda.MOST_GEMM_ROWS + 1)  # one for each kernel of a linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +223,30 @@ def check(w: Weights) -> None:
     if dtype not in cuda.DTYPES or any(tensor.dtype != dtype for tensor in tensors):
         kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in (w.embeddings, *tensors)})
         raise KernelError(f"the decoder's tensors are {', '.join(kinds)}; all are to be float16, or all bfloat16")
+
+
+def examine(device: Gpu, w: Weights) -> None:
+    """Compare the kernels that a decoder needs with ref, each once on a GPU. Raises KernelError where one is wrong."""
+    dtype = w.embeddings.dtype
+    for op in CHECKED_OPS:
+        name = f"{op} {dtype}".replace("torch.", "")
+        if not cuda_checks.passed(device, name, functools.partial(_wrong, device, op, w.embeddings)):
+            raise KernelError(f"{name} is wrong on this GPU: see `tinychat doctor --kernels`")
+    for packed in _shapes(w):
+        if not all(cuda.passed(device, packed, dtype, rows) for rows in CHECKED_ROWS):
+            raise KernelError(f"a linear of {packed.inputs}x{packed.outputs} is wrong on this GPU")
+
+
+def _wrong(device: Gpu, op: str, like: Tensor) -> str | None:
+    """What is wrong with an op, on numbers of its own."""
+    place = cuda_golden.Place(device, like.device, like.dtype, device.processors)
+    (found,) = cuda_golden.results(place, (op,))
+    return None if found.right else found.error or f"is off by {found.worst:.1e} in {found.case}"
+
+
+def _shapes(w: Weights) -> list[Packed]:
+    """Linears that differ in more than their numbers, one of each."""
+    linears = [linear.weight for layer in w.layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    if isinstance(w.head, Packed):
+        linears.append(w.head)
+    return list({(one.inputs, one.outputs, one.group, one.bits, one.scale): one for one in linears}.values())

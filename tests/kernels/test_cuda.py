@@ -140,6 +140,20 @@ def test_kernels_that_are_wrong_are_named() -> None:
     assert "is off by nan" in str(cuda.check(lambda *args: None, made, torch.float16, 2))
 
 
+def test_every_kernel_of_a_linear_is_checked_by_itself() -> None:
+    names = [cuda.variant(rows, 4) for rows in (1, 2, 8, 9, 16, 17, 64, 65, 256, 257)]
+    assert names == [
+        "gemv m1",
+        *["gemv m8"] * 2,
+        *["gemm r16"] * 2,
+        "gemm r32",
+        "gemm r64",
+        *["gemm r128"] * 2,
+        "dequantize",
+    ]
+    assert [cuda.variant(rows, 8) for rows in (1, 8, 9)] == ["gemv m1", "gemv m8", "dequantize"]
+
+
 def test_a_shape_that_fails_is_said_and_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     results: dict[str, bool] = {}
 
@@ -149,11 +163,11 @@ def test_a_shape_that_fails_is_said_and_left_to_torch(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda_checks, "passed", passed)
     monkeypatch.setattr(cuda, "check", lambda *args: "is off by 1.0e+00")
     device = SimpleNamespace(index=0)
-    with pytest.warns(UserWarning, match=r"gemv 4 bits 192x80 g64 float16 float16 is off by .* runs on plain torch"):
+    with pytest.warns(UserWarning, match=r"gemv m8 4 bits 192x80 g64 float16 float16 is off by .* runs on plain torch"):
         assert not cuda.passed(device, packed(), torch.float16, 8)
     monkeypatch.setattr(cuda, "check", lambda *args: None)
     assert cuda.passed(device, dataclasses.replace(packed(), outputs=72), torch.float16, 9)
-    assert list(results) == ["gemv 4 bits 192x80 g64 float16 float16", "gemm 4 bits 192x72 g64 float16 float16"]
+    assert list(results) == ["gemv m8 4 bits 192x80 g64 float16 float16", "gemm r16 4 bits 192x72 g64 float16 float16"]
 
 
 # Linears in 8 bits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache, KVPool
 from tinychat.layers.linear import QuantLinear
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
-from tinychat_kernels import cuda, cuda_layout, ref
+from tinychat_kernels import cuda, cuda_checks, cuda_layout, ref
+from tinychat_kernels import cuda_decoder as kernels
 from tinychat_kernels.cuda_decoder import check
 from tinychat_kernels.errors import KernelError
 from tinychat_kernels.layout import QuantSpec
@@ -262,3 +265,57 @@ def test_a_decoder_is_made_anew_where_its_modules_change() -> None:
     assert isinstance(decoder, CudaDecoder) and decoder.is_current()
     model.llm.model.norm.weight = nn.Parameter(torch.ones(128).half())
     assert not decoder.is_current()
+
+
+class FakeGpu:
+    """The emulator as a device, without what was found before."""
+
+    index, processors = 0, 2
+
+    def __init__(self, spoilt: str = "") -> None:
+        self.spoilt = spoilt  # an entry that computes nothing
+
+    def __call__(self, unit: str, entry: str, *rest: Any) -> None:
+        if not self.spoilt or self.spoilt not in entry:
+            Emulator().launch(unit, entry, *rest)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """What is checked -> what is wrong with it."""
+    found: dict[str, str | None] = {}
+
+    def passed(device: FakeGpu, name: str, wrong: Callable[[], str | None]) -> bool:
+        return found.setdefault(name, wrong()) is None
+
+    monkeypatch.setattr(cuda_checks, "passed", passed)
+    monkeypatch.setattr(kernels, "CHECKED_OPS", ("norm", "sample"))
+    return found
+
+
+def weights_of(model: VilaLlamaForCausalLM) -> kernels.Weights:
+    decoder = emulated(model, head=True)._one_call
+    assert isinstance(decoder, CudaDecoder)
+    return decoder.kernel.weights
+
+
+def test_every_kernel_of_a_decoder_is_checked_once(checks: dict[str, str | None]) -> None:
+    kernels.examine(FakeGpu(), weights_of(quantized()))  # type: ignore[arg-type]
+    assert list(checks)[:2] == ["norm float16", "sample float16"] and not any(checks.values())
+    sizes = {name.partition(" bits ")[2] for name in checks if " bits " in name}
+    assert sizes == {f"{n} g32 float16 float16" for n in ("128x256", "128x128", "128x320", "160x128")} | {
+        "128x99 g128 float16 float16"
+    }
+    assert {name.partition(" bits ")[0] for name in checks if name.endswith("x320 g32 float16 float16")} == {
+        *(f"{kind} 4" for kind in ("gemv m1", "gemv m8", "gemm r16", "gemm r32", "gemm r64", "gemm r128", "dequantize"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [("add_rms_norm", "norm float16 is wrong on this GPU"), ("_r32", "a linear of 128x256 is wrong on this GPU")],
+)
+def test_a_decoder_with_a_wrong_kernel_is_not_run(checks: dict[str, str | None], spoilt: str, said: str) -> None:
+    warned = pytest.warns(UserWarning, match="runs on plain torch") if spoilt == "_r32" else contextlib.nullcontext()
+    with pytest.raises(KernelError, match=said), warned:
+        kernels.examine(FakeGpu(spoilt), weights_of(quantized()))  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from tinychat.layers.norm import RMSNorm
 from tinychat.layers.one_call import Obstacle, refused
 from tinychat.layers.rotary import cos_sin
 from tinychat_kernels import cuda
-from tinychat_kernels.cuda_decoder import MOST_ROWS, Decoder, Layer, Linear, Step, Weights
+from tinychat_kernels.cuda_decoder import MOST_ROWS, Decoder, Layer, Linear, Step, Weights, examine
 from tinychat_kernels.cuda_layout import Packed
 from tinychat_kernels.cuda_ops import Heads, Launch, Where
 from tinychat_kernels.cuda_ops import Layer as Cached
@@ -58,14 +58,16 @@ class CudaDecoder:
 
     @classmethod
     def of(cls, llm: nn.Module, config: Config) -> CudaDecoder:
-        """Raises Obstacle where `obstacle` names one, or the kernels do not take the model's sizes."""
+        """Raises Obstacle where `obstacle` names one, the kernels do not take the model's sizes, or one is wrong."""
         if (reason := obstacle(llm, config)) is not None:
             raise Obstacle(reason)
         from tinychat_kernels.cuda_gpu import gpu
 
         with refused():
             device = gpu(_device(llm).index or 0)
-            return cls(llm, config, device, device.processors)
+            made = cls(llm, config, device, device.processors)
+            examine(device, made.kernel.weights)
+            return made
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""
