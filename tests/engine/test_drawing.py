@@ -80,7 +80,15 @@ def test_the_model_draws_what_the_sampler_does(
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.5}],
+    [
+        {"top_p": 0.9},
+        {"top_k": 3},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.5},
+        {"watermark": True},
+        {"top_n_tokens": 2},
+    ],
     ids=lambda sampling: next(iter(sampling)),
 )
 def test_what_needs_more_than_a_temperature_is_drawn_beside_it(
@@ -99,6 +107,8 @@ def test_a_samplers_temperature_is_all_there_is() -> None:
     assert temperature(temperature=0, logit_bias={3: 1.0}) is None
     assert temperature(temperature=0, frequency_penalty=0.1) is None
     assert temperature(temperature=1, typical_p=0.5) is None
+    assert temperature(temperature=0, watermark=True) is None
+    assert temperature(temperature=0, top_n_tokens=1) is None
 
 
 def test_logits_that_are_no_numbers_are_an_error(loaded: Loaded, draws: list[float], monkeypatch) -> None:

@@ -50,6 +50,7 @@ def test_it_comes_first_then_the_steps_of_generate(theirs):
         hf.TopPLogitsWarper(0.9),
     )
     logits = torch.randn(V, generator=torch.Generator().manual_seed(1)) * 3
+    logits[prompt + answer] = torch.tensor([8.0, 7.0, 6.0, 5.0, 6.0])
     for length in range(len(answer) + 1):
         ids, scores = torch.tensor([prompt + answer[:length]]), logits[None].clone()
         for step in steps:
