@@ -64,7 +64,8 @@ class CausalLM:
         from tinychat.engine.foreign import adapted
 
         made = cls.__new__(cls)
-        reader = tokenizer if hasattr(tokenizer, "stop_ids") else TokenReader(tokenizer, model.config)
+        generation = getattr(model, "generation_config", None)
+        reader = tokenizer if hasattr(tokenizer, "stop_ids") else TokenReader(tokenizer, model.config, generation)
         made._take(adapted(model), reader, context or reader.context)
         return made
 

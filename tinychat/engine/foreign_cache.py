@@ -129,6 +129,11 @@ class ForeignCache:
             joined.lengths += own.lengths
         return joined
 
+    def compact(self) -> None:
+        """Copy what the rows hold, so that they keep no other row's keys and values in memory."""
+        layers = [(keys.clone(), values.clone()) for keys, values in self._gathered()]
+        self._put(layers, self.lengths, max(self.lengths, default=0))
+
     @contextmanager
     def lent(self, count: int) -> Generator[Any, None, None]:
         """A DynamicCache of all rows, as long as the longest, for a forward that adds `count` tokens to each.

@@ -76,13 +76,13 @@ def _sampling(message: Any, parameters: Any) -> SamplingParams:
 
 
 class TokenReader:
-    """A tokenizer alone, and its model's config: prompts without pictures. `context` is what the positions take."""
+    """A tokenizer alone, and its model's configs: prompts without pictures. `context` is what the positions take."""
 
-    def __init__(self, tokenizer: Any, config: Any = None) -> None:
+    def __init__(self, tokenizer: Any, config: Any = None, generation: Any = None) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.stop_strings: tuple[str, ...] = ()
-        holders = (tokenizer, config, getattr(config, "generation_config", None), getattr(config, "text_config", None))
+        holders = (tokenizer, config, generation, getattr(config, "text_config", None))
         named = [getattr(holder, name, None) for holder in holders for name in ("eos_token_ids", "eos_token_id")]
         self.stop_ids = frozenset(token for one in named for token in _ids(one))
         text = getattr(config, "text_config", None) or config
