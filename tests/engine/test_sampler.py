@@ -85,6 +85,11 @@ def test_greedy_takes_the_highest_and_no_random_number():
     assert sampler.seed is None
 
 
+def test_a_seed_that_nothing_was_drawn_with_is_not_told():
+    assert make_sampler(SamplingParams(temperature=0, seed=7), [], "cpu").seed is None
+    assert make_sampler(SamplingParams(temperature=0.5, seed=7), [], "cpu").seed == 7
+
+
 def test_greedy_heeds_bias_and_penalties():
     logits = torch.tensor([1.0, 3.0, 2.0])
     assert make_sampler(SamplingParams(logit_bias={0: 5.0}), [], "cpu")(logits, []).token == 0

@@ -45,9 +45,9 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], device: torch.device | str) -> None:
         self.params = params
-        self.seed = params.seed
-        if params.temperature > 0 and params.seed is None:
-            self.seed = secrets.randbits(SEED_BITS)
+        self.seed: int | None = None
+        if params.temperature > 0:
+            self.seed = secrets.randbits(SEED_BITS) if params.seed is None else params.seed
         self._warpers = warpers(params)
         self._penalized = _penalizes(params)
         self._last = prompt_ids[-1] if prompt_ids else None
