@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import json_keys
 import pytest
@@ -96,7 +97,7 @@ def test_text_models(tmp_path: Path, format: Format, to: str):
     assert found["bytes"] == sum((tmp_path / "out" / name).stat().st_size for name in found["files"])
 
 
-@pytest.mark.parametrize("layout", ["llava", "llava_hf"])
+@pytest.mark.parametrize("layout", ["llava", "llava_hf", "llava_next"])
 @pytest.mark.parametrize("to", TARGETS)
 def test_llava_folders(tmp_path: Path, layout: str, to: str, picture: Path):
     source = packed_folder(tmp_path / "source", GEMM, layout)
@@ -386,6 +387,12 @@ def vila(tmp_path: Path, **options: object) -> Path:
     return make_tiny_model(tmp_path / "source", "vila", quantize=32, **options)
 
 
+def tiled_vila(tmp_path: Path) -> Path:
+    with TemporaryDirectory() as folder:
+        convert(make_tiny_model(Path(folder) / "next", "llava_next", quantize=32), tmp_path / "source", "vila")
+    return tmp_path / "source"
+
+
 def narrow(tmp_path: Path) -> Path:
     return make_tiny_model(tmp_path / "source", "text", quantize=32, intermediate_size=96)
 
@@ -419,6 +426,12 @@ def without(folder: Path, end: str) -> Path:
             {},
             "has a projector of type mlp_downsample, and transformers' LLaVA is two linears: vLLM and SGLang would "
             "take it for another model; give --to vila, which tinychat serves, or --to llm-awq-v2",
+        ),
+        (
+            tiled_vila,
+            "awq-gemm",
+            {},
+            r"has pictures in tiles, which LLaVA has not \(LLaVA-NeXT has\): .* give --to vila, which tinychat serves",
         ),
         (
             lambda tmp_path: make_tiny_model(tmp_path / "source", "text"),

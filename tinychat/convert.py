@@ -298,7 +298,8 @@ def _write_weights(job: Job, draft: Path, progress: Report | None) -> None:
 
     for part in layouts.VILA_PARTS if job.layout == "vila" else [""]:
         prefix = f"{part}." if part else ""
-        tensors = _tensors(job, [name for name in names if name.startswith(prefix)], tell)
+        own = [name for name in names if layouts.name_on_disk(name, job.layout).startswith(prefix)]
+        tensors = _tensors(job, own, tell)
         named = ((layouts.name_on_disk(name, job.layout).removeprefix(prefix), tensor) for name, tensor in tensors)
         (draft / part).mkdir(exist_ok=True)
         if job.target.format is LLM_AWQ_V2 and part in ("llm", ""):

@@ -47,6 +47,7 @@ def check_llava(config: VilaConfig) -> None:
     faults = {
         f"a projector of type {projector.type}, and transformers' LLaVA is two linears": projector.type != "mlp2x_gelu",
         f"{config.image_suffix!r} after every picture, which transformers' LLaVA has not": bool(config.image_suffix),
+        "pictures in tiles, which LLaVA has not (LLaVA-NeXT has)": config.tiling is not None,
     }
     for fault, found in faults.items():
         if found:
