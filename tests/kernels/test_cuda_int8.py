@@ -16,7 +16,6 @@ from tinychat_kernels.errors import KernelError
 from tinychat_kernels.int8 import Int8, quantize_rows, quantize_tokens
 
 pytestmark = needs_compiler
-ROUNDED = 4e-3  # of a result in bfloat16
 WIDTHS = (16, 48, 256, 1152, 4304, 8208, 16384)
 SHAPES = ((48, 1), (96, 40), (144, 63), (272, 65))  # inputs and outputs
 WHOLE = {  # an activation in float64
