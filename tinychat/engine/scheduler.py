@@ -148,7 +148,7 @@ class Scheduler:
         self._cancelled -= cancelled
         for task in [task for task in self._tasks() if task.id in cancelled or task.overdue]:
             self._withdraw(task)
-            if task.opened is not None:
+            if task.started:
                 task.row.end("cancelled")
                 yield self._finished(task)
             elif task.id in cancelled:
