@@ -277,12 +277,12 @@ def test_a_waiting_request_is_cancelled_without_a_word(lm: CausalLM) -> None:
 
 
 def test_a_full_queue_and_a_known_id_are_refused(lm: CausalLM) -> None:
-    scheduler = Scheduler(lm, queue=2)
-    scheduler.submit(request("a"))
+    scheduler = Scheduler(lm, queue=1)
+    scheduler.submit(request("a", tokens=1))
     with pytest.raises(UsageError, match="request 'a' is being answered"):
         scheduler.submit(request("a"))
     scheduler.submit(request("b"))
-    with pytest.raises(CapacityError, match="2 requests wait already; try again later"):
+    with pytest.raises(CapacityError, match="0 requests are being answered and 2 wait already; try again later"):
         scheduler.submit(request("c"))
     events = list(scheduler.step())
     scheduler.submit(request("c"))

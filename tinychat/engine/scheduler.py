@@ -99,8 +99,10 @@ class Scheduler:
         """Let a request wait for its turn. Raises UsageError for a known id, CapacityError for a full queue."""
         if any(task.id == request.id for task in self._tasks()):
             raise UsageError(f"request {request.id!r} is being answered", "give every request an id of its own")
-        if self.queue is not None and len(self._waiting) >= self.queue:
-            raise CapacityError(f"{len(self._waiting)} requests wait already", "try again later")
+        going = len(self._reading) + len(self._decoding)
+        if self.queue is not None and going + len(self._waiting) >= self.rows + self.queue:
+            message = f"{going} requests are being answered and {len(self._waiting)} wait already"
+            raise CapacityError(message, "try again later")
         self._submitted += 1
         self._waiting.append(Task(request, self._submitted))
 
