@@ -292,7 +292,7 @@ def to_pixels(picture: pillow.Image, processor: Any, aspect_ratio: str | None = 
 
 def to_tiles(picture: pillow.Image, processor: Any) -> Tensor:
     """An RGB picture -> [tiles, 3, S, S] float32 as LLaVA-NeXT does, the whole picture first."""
-    made = processor.preprocess(picture, input_data_format="channels_last", return_tensors="np")
+    made = processor.preprocess(picture, return_tensors="np")
     return torch.from_numpy(np.ascontiguousarray(made["pixel_values"][0], dtype=np.float32))
 
 
