@@ -24,8 +24,8 @@ from tinychat import __version__, cli, doctor
 from tinychat.core import Failed, Image, Message, Request, SamplingParams, StoppingParams, Text
 from tinychat.errors import CapacityError, FormatError, MediaError, ModelError, TinychatError, UsageError
 from tinychat.flags import ModelFlags
-from tinychat_kernels import registry
-from tinychat_kernels.errors import KernelError, LayoutError
+from tinychat_kernels import cpu, registry
+from tinychat_kernels.errors import KernelError, LayoutError, SettingError
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, str]]
@@ -342,6 +342,16 @@ def test_an_unknown_backend_is_a_wrong_call(run: Run, tmp_path: Path, monkeypatc
     remedy = "set TINYCHAT_BACKEND to one of them, or to nothing"
     assert (code, out) == (2, "")
     assert err == f"error: there is no backend 'warp\\x1b'; known are {known}; {remedy}\n"
+
+
+def test_wrong_instructions_are_a_wrong_call(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    packed = str(make_tiny_model(tmp_path, "text", quantize=32))
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    wrong = SettingError("TINYCHAT_ISA is 'avx9', this CPU has generic", "TINYCHAT_ISA")
+    monkeypatch.setattr(cpu, "available", raises(wrong))
+    code, out, err = run("ask", "hi", "-m", packed, "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert err == f"error: {wrong}; set TINYCHAT_ISA to one of them, or to nothing\n"
 
 
 def test_a_prompt_that_does_not_fit_says_so(run: Run, model: str):

@@ -393,12 +393,10 @@ def _as_ours(error: BaseException) -> TinychatError | None:
 
 
 def _kernel_error(error: BaseException) -> TinychatError:
-    """A kernel's error in our form: the user's where TINYCHAT_BACKEND names no backend, else the model's."""
-    from tinychat_kernels import registry
-
+    """A kernel's error in our form: the user's where a variable asks for what is not here, else the model's."""
     message = str(error).partition(": see ")[0]
-    if (os.environ.get("TINYCHAT_BACKEND") or registry.ORDER[0]) not in registry.ORDER:
-        return UsageError(message, "set TINYCHAT_BACKEND to one of them, or to nothing")
+    if (variable := getattr(error, "variable", None)) is not None:
+        return UsageError(message, f"set {variable} to one of them, or to nothing")
     return ModelError(message, "see `tinychat doctor`")
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tinychat_kernels import build
-from tinychat_kernels.errors import BuildError, KernelError, LayoutError
+from tinychat_kernels.errors import KernelError, LayoutError, SettingError
 from tinychat_kernels.int8 import Int8
 from tinychat_kernels.layout import AwqGemm, QuantSpec
 
@@ -85,25 +85,46 @@ _SIGNATURES: Signatures = {
 
 
 def available() -> tuple[bool, str]:
-    """Whether the kernels run here, and on what, or why not. The first call may compile them."""
+    """Whether the kernels run here, and on what, or why not. The first call may compile them.
+
+    Raises SettingError for a TINYCHAT_ISA that this CPU does not have.
+    """
     try:
         library()
-    except (BuildError, KernelError) as error:
+    except SettingError:
+        raise
+    except KernelError as error:
         return False, str(error)
     return True, f"{isa()} instructions, {threads()} threads"
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels: the installation's, else the cache's, compiled if need be. Raises KernelError."""
-    path = build.installed() or build.built(cache_folder())
-    loaded = ctypes.CDLL(str(path))
-    declare(loaded, _SIGNATURES)
-    if (found := loaded.tc_abi()) != ABI:
-        raise KernelError(f"{path} has interface {found}, {ABI} is needed")
-    if forced := os.environ.get("TINYCHAT_ISA"):
-        _set_isa(loaded, forced)
+    loaded = _tried()
+    if isinstance(loaded, KernelError):
+        raise loaded.with_traceback(None)
     return loaded
+
+
+@functools.cache
+def _tried() -> ctypes.CDLL | KernelError:
+    """The library, or why there is none: a process tries once."""
+    try:
+        path, loaded = build.load(cache_folder())
+        declare(loaded, _SIGNATURES)
+        if (found := loaded.tc_abi()) != ABI:
+            raise KernelError(f"{path} has interface {found}, {ABI} is needed")
+        if forced := os.environ.get("TINYCHAT_ISA"):
+            _force_isa(loaded, forced)
+    except KernelError as error:
+        return error
+    return loaded
+
+
+def _force_isa(loaded: ctypes.CDLL, name: str) -> None:
+    if loaded.tc_set_isa(name.encode()) != 0:
+        known = ", ".join(one for one in ISAS if loaded.tc_isa_supported(one.encode()))
+        raise SettingError(f"TINYCHAT_ISA is {name!r}, this CPU has {known}", "TINYCHAT_ISA")
 
 
 def declare(loaded: ctypes.CDLL, signatures: Signatures) -> None:

@@ -13,3 +13,11 @@ class LayoutError(KernelError):
 
 class BuildError(KernelError):
     """Kernels that cannot be compiled here."""
+
+
+class SettingError(KernelError):
+    """An environment variable that asks for what is not here; the message says what is."""
+
+    def __init__(self, message: str, variable: str) -> None:
+        super().__init__(message)
+        self.variable = variable

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from tinychat_kernels.errors import KernelError
+from tinychat_kernels.errors import KernelError, SettingError
 
 ORDER = ("cuda", "autoawq", "cpu", "ref")  # from the fastest to the plainest
 SERVES = {"cuda": ("cuda", "autoawq", "ref"), "cpu": ("cpu", "ref")}  # a kind of device -> its backends, in order
@@ -28,21 +28,30 @@ class Backend:
 
 def backends() -> list[Backend]:
     """Every known backend, in the order of preference. The first call may compile kernels."""
-    return [Backend(name, *_state(name)) for name in ORDER]
+    return [_described(name) for name in ORDER]
+
+
+def _described(name: str) -> Backend:
+    try:
+        return Backend(name, *_state(name))
+    except SettingError as error:
+        return Backend(name, False, str(error))
 
 
 def asked() -> str | None:
-    """What TINYCHAT_BACKEND says. Raises KernelError where it names no backend."""
+    """What TINYCHAT_BACKEND says. Raises SettingError where it names no backend."""
     name = os.environ.get("TINYCHAT_BACKEND") or None
     if name is not None and name not in ORDER:
-        raise KernelError(f"there is no backend {name!r}; known are {', '.join(ORDER)}: see `tinychat doctor`")
+        raise SettingError(
+            f"there is no backend {name!r}; known are {', '.join(ORDER)}: see `tinychat doctor`", "TINYCHAT_BACKEND"
+        )
     return name
 
 
 def chosen(device: str = "cpu") -> Backend:
     """The backend for a model on a kind of device: the one that TINYCHAT_BACKEND asks for, or the first that runs.
 
-    Raises KernelError where the one asked for does not run, or not there.
+    Raises KernelError where the one asked for does not run, or not there; SettingError for a wrong variable.
     """
     name, serving = asked(), SERVES.get(device, PLAINEST)
     if name is not None and name not in serving:
@@ -54,6 +63,26 @@ def chosen(device: str = "cpu") -> Backend:
     if not found.available:
         raise KernelError(f"the backend {name} is off: {found.reason}: see `tinychat doctor`")
     return found
+
+
+def why_not(backend: str) -> str | None:
+    """Why a backend is not taken where it serves: it is off, or TINYCHAT_BACKEND asks for another; None: it is."""
+    name = asked()
+    if name is not None:
+        return None if name == backend else f"TINYCHAT_BACKEND asks for {name}"
+    state = Backend(backend, *_state(backend))
+    return None if state.available else f"{backend} is off: {state.reason}"
+
+
+def fallback(device: str = "cpu") -> str | None:
+    """Why models on a kind of device run on ref that has faster backends; None where they do not, or ref was asked for.
+
+    Raises SettingError for a wrong variable.
+    """
+    if asked() is not None:
+        return None
+    reasons = [why_not(name) for name in SERVES.get(device, PLAINEST)[:-1]]
+    return None if None in reasons else "; ".join(filter(None, reasons)) or None
 
 
 def pick(op: str, backend: str | None = None, device: str = "cpu") -> Callable[..., Any]:

@@ -109,7 +109,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", f"{sys.executable} {script}")
     with pytest.raises(BuildError, match=r"cannot compile the CPU kernels: x.cpp:1: error: not today$"):
         build.built(tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [build.FAILED]
 
 
 @needs_compiler
@@ -122,11 +122,11 @@ def test_an_error_in_a_source_is_quoted(sources: Path, tmp_path: Path) -> None:
 def test_a_backend_without_a_library_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build, "installed", lambda: None)
-    cpu.library.cache_clear()
+    cpu._tried.cache_clear()
     try:
         assert cpu.available() == (False, "no C++ compiler was found (c++, g++, clang++)")
     finally:
-        cpu.library.cache_clear()
+        cpu._tried.cache_clear()
 
 
 @needs_compiler
@@ -134,3 +134,69 @@ def test_where_there_is_a_compiler_there_are_kernels(monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     ran, reason = cpu.available()
     assert ran, reason
+
+
+# Folders and files that do not work
+
+
+@needs_compiler
+@pytest.mark.parametrize("folder", ["/dev/null/kernels", "/proc/kernels"])
+def test_a_folder_that_cannot_be_written_is_a_sentence(folder: str) -> None:
+    with pytest.raises(BuildError, match=rf"^{folder} cannot be used: .*; TINYCHAT_CACHE may name another folder$"):
+        build.load(Path(folder))
+    build.waits_for_compiler(Path(folder))
+
+
+def test_a_process_tries_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Path] = []
+
+    def load(folder: Path) -> tuple[Path, ctypes.CDLL]:
+        tried.append(folder)
+        raise BuildError("not today")
+
+    monkeypatch.setattr(build, "load", load)
+    cpu._tried.cache_clear()
+    try:
+        assert cpu.available() == cpu.available() == (False, "not today")
+    finally:
+        cpu._tried.cache_clear()
+    assert len(tried) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_a_library_that_is_cut_off_is_compiled_anew(tmp_path: Path, size: int) -> None:
+    path = build.built(tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    found, loaded = build.load(tmp_path)
+    assert found == path and loaded.answer() == 42
+
+
+@needs_compiler
+def test_what_a_compiler_cannot_compile_is_remembered_for_a_day(sources: Path, tmp_path: Path) -> None:
+    (sources / "answer.cpp").write_text("int broken( { }\n")
+    with pytest.raises(BuildError, match=r"answer.cpp:1:"):
+        build.built(tmp_path)
+    for made in tmp_path.glob("*.o"):
+        made.unlink()
+    assert not build.waits_for_compiler(tmp_path)
+    sentence = r"answer.cpp:1:.*\(earlier today; `tinychat doctor --cache --clear` forgets it\)$"
+    with pytest.raises(BuildError, match=sentence):
+        build.built(tmp_path)
+    assert not list(tmp_path.glob("*.o"))  # nothing was tried
+    mark = next(tmp_path.glob("*.failed"))
+    yesterday = time.time() - build.FAILED_SECONDS - 60
+    os.utime(mark, (yesterday, yesterday))
+    with pytest.raises(BuildError, match=r"answer.cpp:1:[^(]*$"):
+        build.built(tmp_path)
+    (sources / "answer.cpp").write_text(KERNEL)
+    assert answer(build.built(tmp_path)) == 42
+
+
+def test_a_compiler_that_was_killed_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "compiler.py"
+    script.write_text("import os, sys\nif '--version' not in sys.argv:\n    os.kill(os.getpid(), 9)\n")
+    monkeypatch.setenv("CXX", f"{sys.executable} {script}")
+    with pytest.raises(BuildError, match="cannot compile the CPU kernels"):
+        build.built(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinychat_kernels import autoawq, cpu, cuda, ref, registry
-from tinychat_kernels.errors import KernelError
+from tinychat_kernels.errors import KernelError, SettingError
 
 
 @pytest.fixture
@@ -54,6 +54,29 @@ def test_the_environment_chooses_and_an_argument_comes_first(monkeypatch: pytest
     assert registry.pick("w4_linear") is registry.pick("w4_linear", registry.chosen().name)
 
 
+@pytest.mark.usefixtures("no_cpu")
+def test_why_models_fall_back_is_said_unless_they_were_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert registry.why_not("cpu") == registry.fallback() == "cpu is off: no compiler"
+    assert registry.fallback("mps") is None
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    assert registry.why_not("cpu") == "TINYCHAT_BACKEND asks for ref" and registry.fallback() is None
+    monkeypatch.delenv("TINYCHAT_BACKEND")
+    monkeypatch.setattr(cpu, "available", lambda: (True, "any instructions"))
+    assert registry.why_not("cpu") is registry.fallback() is None
+
+
+def test_wrong_instructions_are_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def available() -> tuple[bool, str]:
+        raise SettingError("TINYCHAT_ISA is 'avx9', this CPU has generic", "TINYCHAT_ISA")
+
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    monkeypatch.setattr(cpu, "available", available)
+    for choose in (registry.chosen, registry.fallback, lambda: registry.pick("w4_linear")):
+        with pytest.raises(SettingError, match="TINYCHAT_ISA is 'avx9'"):
+            choose()
+    assert registry.Backend("cpu", False, "TINYCHAT_ISA is 'avx9', this CPU has generic") in registry.backends()
+
+
 @pytest.mark.parametrize("name", ["w5_linear", "torch", "SLICE", "dequantize", "_slice"])
 def test_what_is_no_op_is_refused(name: str) -> None:
     with pytest.raises(KernelError, match=f"no backend has an op '{name}': see `tinychat doctor`"):
@@ -83,6 +106,7 @@ def test_a_device_has_its_own_order(states: dict[str, bool]) -> None:
     assert registry.pick("w8a8_linear", device="cuda") is ref.w8a8_linear  # which autoawq has not
     states["autoawq"] = False
     assert registry.chosen("cuda").name == registry.chosen("mps").name == "ref"
+    assert registry.fallback("cuda") == "cuda is off: cuda says so; autoawq is off: autoawq says so"
     assert registry.pick("w4_linear", device="mps") is ref.w4_linear
 
 
