@@ -259,7 +259,8 @@ class PrefillTokens:
 class NextTokens:
     """The tokens of one step, one entry each in every field: several where speculation was right.
 
-    `top` are the likeliest tokens at each place (alternative_tokens there), and () where none were asked for.
+    `top` are the likeliest tokens at each place (alternative_tokens there), and () where none were asked for;
+    `processed_logprobs` those of what was drawn from.
     """
 
     ids: tuple[int, ...]
@@ -267,6 +268,7 @@ class NextTokens:
     texts: tuple[str, ...]
     is_special: tuple[bool, ...]
     top: tuple[tuple[TopToken, ...], ...] = ()
+    processed_logprobs: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
