@@ -55,7 +55,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = Engine()
     fake.flags = None  # type: ignore[attr-defined]
 
-    def open_model(flags: ModelFlags, plain: bool = False) -> cli.Loaded:
+    def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1) -> cli.Loaded:
         fake.flags = flags  # type: ignore[attr-defined]
         model = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), modules=list)
         return cli.Loaded(model, FakeProcessor(), fake)  # type: ignore[arg-type]
@@ -292,13 +292,29 @@ def test_a_model_folder_answers(run: Run, model: str, picture: str):
     assert json.loads(run(*arguments)[1])["token_ids"] == found["token_ids"]
 
 
+def test_files_asked_about_together_have_the_answers_that_each_has_alone(
+    run: Run, model: str, picture: str, tmp_path: Path
+):
+    files, answers = [str(tmp_path / f"{name}.png") for name in "abcde"], list[dict[str, list[int]]]()
+    for i, file in enumerate(files):
+        pillow.new("RGB", (30 + 5 * i, 40), (40 * i, 90, 200)).save(file)
+    for more in ([], ["--concurrency", "3"]):
+        out = tmp_path / f"{len(more)}.jsonl"
+        arguments = ["--jsonl", str(out), "-m", model, "--max-new-tokens", "6", *more]
+        code, said, err = run("ask", "What?", *files, str(tmp_path / "gone.png"), *arguments)
+        assert (code, said) == (4, "") and "gone.png does not exist" in err and "5 answered, 0 skipped" in err
+        lines = map(json.loads, out.read_text().splitlines())
+        answers.append({line["input"]: line["token_ids"] for line in lines})
+    assert answers[0] == answers[1] and sorted(answers[0]) == files
+
+
 def test_what_the_loader_is_told(model: str, monkeypatch: pytest.MonkeyPatch):
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     flags = ModelFlags(model, dtype="bf16", device="cpu", context=100, chunk=7, template="vicuna_v1", threads=3)
     loaded = cli.open_model(flags)
     assert (loaded.model.dtype, str(loaded.model.device)) == (torch.bfloat16, "cpu")
-    assert (loaded.engine.context, loaded.engine.chunk, threads) == (100, 7, [3])
+    assert (loaded.engine.context, loaded.engine.scheduler.chunk, threads) == (100, 7, [3])
     assert "USER: hi ASSISTANT:" in loaded.processor.tokenizer.decode(loaded.processor(hi()).ids)
     assert cli.open_model(ModelFlags(model)).engine.context == 600
 

@@ -7,7 +7,8 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -207,25 +208,42 @@ def ask_each(asker: Asker, query: Query, files: Sequence[str], out: Path, report
     if todo:
         engine = asker.open()
         with _appending(out) as sink:
-            for file in todo:
-                try:
-                    line = _line(engine, asker, query, file)
-                except TinychatError as error:
-                    codes.append(error.exit_code)
-                    report(str(error) if str(error).startswith(file) else f"{file}: {error}")
+            for file, found in _answers(engine, asker, query, todo):
+                if isinstance(found, TinychatError):
+                    codes.append(found.exit_code)
+                    report(str(found) if str(found).startswith(file) else f"{file}: {found}")
                 else:
-                    sink.write(json.dumps(line) + "\n")
+                    sink.write(json.dumps(_line(asker, query, file, found)) + "\n")
                     sink.flush()
     skipped = len(inputs) - len(todo)
     report(f"{len(todo) - len(codes)} answered, {skipped} skipped (already in {out}), {len(codes)} failed")
     return codes[0] if codes else 0
 
 
-def _line(engine: Engine, asker: Asker, query: Query, file: str) -> dict[str, Any]:
-    each = Query(query.question, (*query.images, read_picture(file)))
-    end = last(engine.run([asker.request(file, each)]))
-    if isinstance(end, Failed):
-        raise as_error(end)
+def _answers(
+    engine: Engine, asker: Asker, query: Query, files: Sequence[str]
+) -> Iterator[tuple[str, Finished | TinychatError]]:
+    """What comes of each file, as it comes: the engine takes as many at once as it has rows."""
+    unread = deque[tuple[str, TinychatError]]()
+
+    def requests() -> Iterator[Request]:
+        for file in files:
+            try:
+                each = Query(query.question, (*query.images, read_picture(file)))
+            except TinychatError as error:
+                unread.append((file, error))
+            else:
+                yield asker.request(file, each)
+
+    for event in engine.run(requests()):
+        while unread:
+            yield unread.popleft()
+        if isinstance(event, Finished | Failed):
+            yield event.request_id, event if isinstance(event, Finished) else as_error(event)
+    yield from unread
+
+
+def _line(asker: Asker, query: Query, file: str, end: Finished) -> dict[str, Any]:
     head, *rest = to_json(asker.model, end).items()
     return dict([head, ("input", file), ("question", query.question), *rest])
 

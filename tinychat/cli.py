@@ -112,7 +112,7 @@ def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
     query, files = asking.gather(flags.words or (), flags.image, asking.stdin_bytes(), _note)
     asker = asking.Asker(
         model=model.model or EMBEDDED,
-        open=lambda: open_model(model, plain=flags.plain).engine,
+        open=lambda: open_model(model, plain=flags.plain, rows=flags.concurrency or 1).engine,
         system=flags.system,
         sampling=sampling.sampling(SamplingParams()),
         stopping=sampling.stopping(),
@@ -240,8 +240,10 @@ def doctor(flags: DoctorFlags) -> int:
     return int(flags.kernels and not all(one["right"] for one in found["kernels"]["results"]))
 
 
-def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:
+def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1) -> Loaded:
     """Find the model, check it against the memory, and load it; progress goes to a terminal on stderr.
+
+    `rows` requests are answered together, each with a context of its own.
 
     Raises UsageError, ModelError, FormatError or CapacityError, and all but the last weights' own before the loading.
     """
@@ -257,10 +259,12 @@ def open_model(flags: ModelFlags, plain: bool = False) -> Loaded:
     started = time.perf_counter()
     with _progress(plain) as report:
         ready = load.load_folder(
-            folder, placement, context=flags.context, chunk=flags.chunk, template=flags.template, progress=report
-        )
+            folder, placement, context=flags.context, chunk=flags.chunk, rows=rows, template=flags.template,
+            progress=report,
+        )  # fmt: skip
     load_s = time.perf_counter() - started
-    engine = Engine(ready.model, ready.processor, context=ready.context, chunk=flags.chunk, load_s=load_s)
+    options = {"context": ready.context, "chunk": flags.chunk, "rows": rows}
+    engine = Engine(ready.model, ready.processor, load_s=load_s, **options)
     return Loaded(ready.model, ready.processor, engine)
 
 

@@ -140,10 +140,15 @@ class AskFlags:
     jsonl: Annotated[
         str | None, typer.Option(metavar="OUT", help="Ask once for each FILE, one JSON line each; resumable.")
     ] = None
+    concurrency: Annotated[
+        int | None, typer.Option(help="FILES that --jsonl asks about together.", min=1, max=64, show_default="1")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.json and self.jsonl is not None:
             raise UsageError("--json and --jsonl exclude each other", "give one of the two")
+        if self.concurrency is not None and self.jsonl is None:
+            raise UsageError("--concurrency is for --jsonl, which asks about several files", "leave it out")
 
 
 @dataclass(frozen=True)

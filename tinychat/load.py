@@ -108,6 +108,7 @@ def load_folder(
     *,
     context: int | None = None,
     chunk: int = CHUNK,
+    rows: int = 1,
     template: str | None = None,
     progress: Report | None = None,
 ) -> Ready:
@@ -118,7 +119,7 @@ def load_folder(
     tokens = choose_context(source.config, context)
     if progress is not None and waits_for_compiler(source, placement):
         progress(Progress("", "compile", 0, 1))
-    plan(source, tokens, placement, chunk)
+    plan(source, tokens, placement, chunk, rows)
     processor = Processor.from_folder(source.folder, source.config, template)
     return Ready(assemble(source, placement, progress), processor, tokens)
 
@@ -186,8 +187,8 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
     return dispatched(model, device_map) if device_map else model
 
 
-def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK) -> Plan:
-    """Whether the model and a context of so many tokens fit. Raises CapacityError where they do not."""
+def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK, rows: int = 1) -> Plan:
+    """Whether the model and contexts of so many tokens, one a row, fit. Raises CapacityError where they do not."""
     from tinychat import planner
 
     where, packing = placement.main_device, packing_of(source, placement)
@@ -201,6 +202,7 @@ def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK)
         quantized=source.spec is not None and not placement.dequantize and packing is None,
         chunk=chunk,
         kv_dtype=_kv_dtype(placement, kind, packing),
+        rows=rows,
     )
     free = None if placement.device_map is None else room(placement.device_map, placement.max_memory)
     return planner.check(need, context, free)

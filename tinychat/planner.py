@@ -43,6 +43,7 @@ class Plan:
     vision: int
     margin: int
     free: int
+    rows: int = 1
 
     @property
     def total(self) -> int:
@@ -55,14 +56,18 @@ class Plan:
 
     @property
     def sentence(self) -> str:
-        parts = f"weights {_gib(self.weights)}, {self.context} tokens of context {_gib(self.kv)}"
+        each = "" if self.rows == 1 else f"{self.rows} x "
+        parts = f"weights {_gib(self.weights)}, {each}{self.context} tokens of context {_gib(self.kv)}"
         work = _gib(max(self.activations, self.vision) + self.margin)
         return f"{_gib(self.total)} GiB are needed ({parts}, work space {work}), {_gib(self.free)} GiB are free"
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What decides how much memory a context takes: `weights` are bytes, kv_dtype that of keys and values (dtype's)."""
+    """What decides how much memory a context takes: `weights` are bytes, kv_dtype that of keys and values (dtype's).
+
+    `rows` are answered at once, each in a context of its own.
+    """
 
     config: VilaConfig
     weights: int
@@ -71,16 +76,19 @@ class Need:
     quantized: bool = False
     chunk: int = CHUNK
     kv_dtype: torch.dtype | None = None
+    rows: int = 1
 
     def plan(self, context: int, free: int) -> Plan:
         text, vision = self.config.text, self.config.vision
-        kv = kv_bytes(text, self.kv_dtype or self.dtype) * context
+        kv = kv_bytes(text, self.kv_dtype or self.dtype) * context * self.rows
         unpacking = _slice_bytes(text, self.dtype) if self.quantized else 0
         working = _chunk_bytes(text, context, min(self.chunk, context), self.dtype) + unpacking
-        tiles = 1 if (tiling := self.config.tiling) is None else tiling.most_tiles
+        tiles = self.config.tiles_per_image
         encoding = tiles * _vision_bytes(vision, self.dtype) if vision is not None else 0
         fixed = CUDA_CONTEXT if self.device.type == "cuda" else CPU_WORKSPACE
-        return Plan(context, self.weights, kv, working, encoding, fixed + int(MARGIN * (self.weights + kv)), free)
+        return Plan(
+            context, self.weights, kv, working, encoding, fixed + int(MARGIN * (self.weights + kv)), free, self.rows
+        )
 
     def longest(self, below: int, free: int) -> int:
         """The most tokens of context that fit, in whole steps and below a context that does not; 0 where none does."""
