@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinychat import load
-from tinychat.engine.engine import Engine, running
-from tinychat.engine.prefill import embed_rest
+from tinychat.engine.engine import Engine
+from tinychat.engine.prefill import embed_rest, running
 from tinychat.eval import divergence, report
 from tinychat.eval.card import sees
 from tinychat.eval.divergence import Held

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peers.protocol import Facts, Setup, serve, timed, token_ids
 from tinychat import __version__, load
-from tinychat.engine.engine import running
+from tinychat.engine.prefill import running
 from tinychat.placement import Placement
 
 

@@ -12,7 +12,8 @@ import torch
 
 from peers.protocol import Facts, Setup, serve, timed, token_ids
 from tinychat import __version__, load
-from tinychat.engine.engine import CHUNK, running
+from tinychat.engine.engine import CHUNK
+from tinychat.engine.prefill import running
 from tinychat.layers.head import PackedHead
 from tinychat.layers.linear import QuantLinear
 from tinychat.placement import Placement

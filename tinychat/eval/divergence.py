@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tinychat.core import Failed, Finished
-from tinychat.engine.engine import Engine, running
-from tinychat.engine.prefill import embed_rest
+from tinychat.engine.engine import Engine
+from tinychat.engine.prefill import embed_rest, running
 from tinychat.errors import ModelError
 from tinychat.eval.heldout import Item, Kind
 from tinychat.eval.logits import Predictions, without_logits

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tinychat.engine.engine import running
+from tinychat.engine.prefill import running
 
 NUMBERS = 2**22  # logits at once
 BYTES = 48  # of each, while it is compared: twice in float32, twice in float64, and what the allocator keeps of it

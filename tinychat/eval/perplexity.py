@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tinychat.core import Request, Text
-from tinychat.engine.engine import Engine, running
+from tinychat.engine.engine import Engine
+from tinychat.engine.prefill import running
 from tinychat.errors import ModelError, UsageError
 from tinychat.eval.divergence import Held, read
 from tinychat.eval.heldout import Item
