@@ -75,13 +75,16 @@ class Int8Linear(Prepared):
         registry.asked()  # a wrong name is an error, whatever computes
         flat = x.reshape(-1, self.in_features)
         backend = self._computes_by(x)
-        out = registry.pick("w8a8_linear", backend)(
-            flat, self.packed if backend == "ref" else self._prepared, self.bias
-        )
+        weights = self._prepared if backend == "cpu" else self.packed
+        out = registry.pick("w8a8_linear", backend)(flat, weights, self.bias)
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def _backend_of_form(self, x: Tensor) -> str:
+        """The CUDA kernels, where they run: they read the weights as they lie on disk."""
+        return "cuda" if x.is_cuda and registry.chosen("cuda").name == "cuda" else "ref"
 
     def _unpacked(self, packed: Held) -> Mapping[str, Tensor]:
         from tinychat_kernels import blocks
