@@ -28,6 +28,7 @@ from tinychat.checkpoint import KeyReport, compare, rename
 from tinychat.config import VilaConfig, read_config
 from tinychat.errors import CapacityError, ModelError, TinychatError
 from tinychat.terminal.clean import clean_line
+from tinychat.tiling import Tiles
 
 TEXT = "The three primary colours are red, yellow and"
 PART = " (the decoder alone; tower and projector by their names and shapes)"
@@ -51,9 +52,16 @@ class Subject:
     """What both models are given: prompt ids `[1, T]`, and for a vision model pixels where the placeholders stand."""
 
     ids: Tensor
-    pixels: Tensor | None
+    pixels: Tensor | Tiles | None
     start: int
     end: int
+
+    def for_transformers(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The pixels by transformers' names, tiles with the picture's size."""
+        if isinstance(self.pixels, Tiles):
+            sizes = torch.tensor(self.pixels.sizes)
+            return {"pixel_values": torch.stack(self.pixels.pixels).to(dtype), "image_sizes": sizes}
+        return {} if self.pixels is None else {"pixel_values": self.pixels.to(dtype)}
 
 
 def key_rows(report: KeyReport, on_disk: int) -> Iterator[Row]:
@@ -81,7 +89,8 @@ def config_rows(config: VilaConfig) -> Iterator[Row]:
         patches = f"{vision.image_size} pixels in patches of {vision.patch_size}"
         yield "tower", f"{vision.family}, {layers}, hidden state {vision.select_layer}"
         yield "projector", f"{projector.type}" + (f", read by {projector.token_order}s" if projector.block > 1 else "")
-        yield "tokens a picture", f"{config.tokens_per_image} ({patches})"
+        most = "at most " if config.tiling is not None else ""
+        yield "tokens a picture", f"{most}{config.tokens_per_image} ({patches})"
 
 
 def is_decoder_alone(source: load.Source) -> bool:
@@ -97,9 +106,14 @@ def subject(source: load.Source) -> Subject:
     ids = words(TEXT, return_tensors="pt")["input_ids"]
     if is_decoder_alone(source) or config.vision is None or config.image_token_id is None:
         return Subject(ids, None, 0, 0)
-    count, side = config.tokens_per_image, config.vision.image_size
+    side, tiling = config.vision.image_size, config.tiling
+    size = (side, 2 * side - 1)
+    count = config.tokens_per_image if tiling is None else tiling.tokens(size)
+    squares = 1 if tiling is None else tiling.tiles(size)
     slot = torch.full((1, count), config.image_token_id)
-    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(squares, 3, side, side, generator=torch.Generator().manual_seed(0))
+    if tiling is not None:
+        return Subject(torch.cat((ids[:, :1], slot, ids[:, 1:]), 1), Tiles((pixels,), (size,)), 1, 1 + count)
     return Subject(torch.cat((ids[:, :1], slot, ids[:, 1:]), 1), pixels, 1, 1 + count)
 
 
@@ -116,8 +130,7 @@ def by_ours(source: load.Source, dtype: torch.dtype, what: Subject, steps: int) 
 @torch.inference_mode()
 def by_transformers(source: load.Source, dtype: torch.dtype, what: Subject, steps: int) -> Greedy:
     model = their_model(source, dtype).eval()
-    pixels = {} if what.pixels is None else {"pixel_values": what.pixels.to(dtype)}
-    out = model(input_ids=what.ids, use_cache=True, **pixels)
+    out = model(input_ids=what.ids, use_cache=True, **what.for_transformers(dtype))
     cache = out.past_key_values
 
     def decode(token: Tensor) -> Tensor:
@@ -131,7 +144,10 @@ def their_model(source: load.Source, dtype: torch.dtype) -> Any:
     layout = source.config.layout
     if source.spec is not None or layout == "llava":
         return their_decoder(source, dtype)
-    kind = transformers.LlavaForConditionalGeneration if layout == "llava_hf" else transformers.AutoModelForCausalLM
+    kinds = {"llava_hf": transformers.LlavaForConditionalGeneration}
+    kind = kinds.get(layout, transformers.AutoModelForCausalLM)
+    if layout == "llava_hf" and source.config.tiling is not None:
+        kind = transformers.LlavaNextForConditionalGeneration
     folder = source.folder / "llm" if layout == "vila" else source.folder
     return kind.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
 

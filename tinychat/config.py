@@ -239,6 +239,11 @@ class VilaConfig(PretrainedConfig):
         return Tiling(resolutions, vision.image_size, vision.grid)
 
     @property
+    def tiles_per_image(self) -> int:
+        """Squares of the tower's size that one picture becomes at most."""
+        return 1 if (tiling := self.tiling) is None else tiling.most_tiles
+
+    @property
     def tokens_per_image(self) -> int:
         """Rows that one picture takes in the decoder at most, without `image_suffix`; 0 for a text-only model."""
         vision, projector = self.vision, self.projector

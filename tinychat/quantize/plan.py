@@ -171,7 +171,8 @@ def make_plan(job: Job, source: Source, data: Data | None) -> Plan:
 def costs(job: Job, source: Source) -> Costs:
     """What the ways to make the card take."""
     vision = source.config.vision
-    return Costs(job, source, room.picture_bytes(vision) if vision is not None else 0)
+    tiles = source.config.tiles_per_image
+    return Costs(job, source, tiles * room.picture_bytes(vision) if vision is not None else 0)
 
 
 def with_card(plan: Plan, job: Job, card: CardCost) -> Plan:
@@ -235,7 +236,7 @@ def _vision_flops(source: Source, data: Data) -> int:
         return 0
     tower = part(source.index, "vision_tower.")
     numbers = sum(tower.entry(name).nbytes // tower.entry(name).dtype.itemsize for name in tower.names())
-    return 2 * numbers * vision.num_features * data.pictures
+    return 2 * numbers * vision.num_features * data.pictures * source.config.tiles_per_image
 
 
 def size(count: int) -> str:

@@ -72,7 +72,7 @@ def front_bytes(source: Source, data: Data | None, stream: bool) -> int:
     )
     kept = whole - layers + 2 * layers // max(1, vision.num_hidden_layers) if stream else whole
     last = sum(projector.entry(name).nbytes // projector.entry(name).dtype.itemsize for name in projector.names())
-    return FLOAT * (kept + last) + picture_bytes(vision)
+    return FLOAT * (kept + last) + source.config.tiles_per_image * picture_bytes(vision)
 
 
 def tower_block_bytes(source: Source, data: Data | None) -> int:
