@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -25,9 +26,10 @@ from transformers import (
 )
 
 from make_tiny_model import tokenizer as make_tokenizer
-from tinychat.core import Request, SamplingParams, StoppingParams, Text
+from tinychat.core import Failed, Finished, Request, SamplingParams, StoppingParams, Text
 from tinychat.engine.causal_lm import CausalLM, CausalLMBatch
 from tinychat.engine.foreign_cache import ForeignCache
+from tinychat.engine.scheduler import Scheduler
 from tinychat.errors import UsageError
 
 TOKENIZER = make_tokenizer(image=False)
@@ -212,6 +214,24 @@ def test_any_order_of_steps_gives_the_solo_answers(name: str, data: st.DataObjec
         for batch in batches:
             batch.check()
     assert answers == wanted(name, *range(len(PROMPTS)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("room", [None, 60])
+def test_the_scheduler_gives_the_solo_answers(name: str, room: int | None) -> None:
+    """Prompts are read in pieces between the tokens of others; where memory is short, rows wait and are read anew."""
+    scheduler = Scheduler(engine(name), rows=3, chunk=8, between=3, kv_tokens=room)
+    for turn in range(2):
+        for i in range(len(PROMPTS)):
+            scheduler.submit(replace(request(i), id=f"{turn} {i}"))
+    answers = dict[str, tuple[int, ...]]()
+    while scheduler.busy:
+        for event in scheduler.step():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Finished):
+                answers[event.request_id] = event.token_ids
+    once = wanted(name, *range(len(PROMPTS)))
+    assert answers == {f"{turn} {i}": answer for turn in range(2) for i, answer in once.items()}
 
 
 @pytest.mark.parametrize("name", EVERY)

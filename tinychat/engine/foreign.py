@@ -30,6 +30,10 @@ def adapted(model: Any) -> Model:
         return model
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"a {type(model).__name__} is given as the model", "give one of transformers, or of ours")
+    if hasattr(model.config, "vision_config"):
+        from tinychat.engine.foreign_vlm import ForeignVlm
+
+        return ForeignVlm(model)
     return ForeignModel(model)
 
 

@@ -22,6 +22,7 @@ class Cache(Protocol):
     def __len__(self) -> int: ...
     def select(self, rows: Sequence[int], /) -> Any: ...
     def truncate(self, lengths: int | Sequence[int], /) -> None: ...
+    def compact(self) -> None: ...
     @staticmethod
     def cat(caches: Sequence[Any], /) -> Any: ...
 
@@ -87,6 +88,7 @@ class Filling:
                 self._embeds = embed_rest(self.model, self.prompt, self._cached, self._features)
                 self._features.clear()
             start = self.computed
+            most = len(self.prompt.ids) if reads_whole(self.model) else most
             piece = self._embeds[:, start - self._cached : start - self._cached + most]
             if self.logprobs is None:
                 logits = self.model.prefill(piece, self.cache, start)[0]
@@ -94,6 +96,11 @@ class Filling:
                 logits = self.model.verify(piece, self.cache)[0]
                 self.logprobs.add(logits, self.prompt.ids[start : self.computed])
         return logits[-1] if self.computed == len(self.prompt.ids) else None
+
+
+def reads_whole(model: Model) -> bool:
+    """Whether its prompts are read in one piece, none of it cached: their tokens see each other in both directions."""
+    return bool(getattr(model, "reads_whole", False))
 
 
 def shared_prefix(cached: Sequence[object], wanted: Sequence[object]) -> int:

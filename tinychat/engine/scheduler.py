@@ -18,7 +18,7 @@ from torch import Tensor
 from tinychat.core import Event, Failed, Finished, Generation, Progress, Request, Started, Token, Usage
 from tinychat.engine.causal_lm import CausalLM, CausalLMBatch, draw
 from tinychat.engine.clock import Clock
-from tinychat.engine.prefill import Filling, last_tokens
+from tinychat.engine.prefill import Filling, last_tokens, reads_whole
 from tinychat.engine.rows import Row
 from tinychat.engine.slots import Slot, Slots
 from tinychat.errors import CapacityError, TinychatError, UsageError
@@ -234,6 +234,8 @@ class Scheduler:
         self._reading.remove(task)
         self._decoding[task.id], task.filling = task, None
         new = CausalLMBatch(0, (task.row,), filling.cache)
+        if task.slot is not None:
+            task.slot.cache = filling.cache.select([])  # the batch alone keeps what was read
         prompt = None if filling.logprobs is None else filling.logprobs.values
         made = self.lm.advance(new, draw(new.rows, logits[None]), [prompt])
         self._batch = new if self._batch is None else CausalLMBatch.concatenate([self._batch, new])
@@ -307,7 +309,8 @@ class Scheduler:
         while not len(self._slots):
             if not self._make_way(task):
                 return None
-        slot = self._slots.take([] if task.row.wants_prompt_logprobs else task.keys[:-1])
+        anew = task.row.wants_prompt_logprobs or reads_whole(self.lm.model)
+        slot = self._slots.take([] if anew else task.keys[:-1])
         promised = sum(map(self._left, self._reading))
         needed = len(task.row.ids) + promised + self.between  # or it would soon have to wait again
         while not self._fits(needed) and (self._reading or self._decoding):

@@ -52,6 +52,7 @@ class Slots:
     def give_back(self, slot: Slot, cache: Cache, keys: Sequence[Hashable]) -> None:
         """A row is free again. Its cache may hold fewer tokens than there are keys, or more."""
         self._returns += 1
+        cache.compact()
         slot.cache, slot.keys, slot.left = cache, list(keys), self._returns
         slot.truncate(min(cache.lengths[0], len(slot.keys)))
         self.free.append(slot)

@@ -157,6 +157,9 @@ class KVCache:
                 raise UsageError(f"a cache row of {old} tokens cannot be cut to {new}", f"give a length of 0 to {old}")
         self.lengths = wanted
 
+    def compact(self) -> None:
+        """Keep no more memory than the rows need: theirs is the pool's."""
+
     def select(self, rows: Sequence[int]) -> KVCache:
         """The rows at these indices, in this order; nothing is copied."""
         return KVCache(self.pool, [self.rows[i] for i in rows], [self.lengths[i] for i in rows])

@@ -1,0 +1,322 @@
+"""Vision-language models of transformers, batched with text: the tokens of their own generate, picture by picture."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models.tiny import shake
+from PIL import Image as Pictures
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GemmaConfig,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    Idefics2Processor,
+    MistralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tinychat.core import Failed, Finished, Image, Message, Request, SamplingParams, StoppingParams, Text
+from tinychat.engine.causal_lm import CausalLM, CausalLMBatch
+from tinychat.engine.foreign import adapted
+from tinychat.engine.foreign_vlm import ForeignProcessor, ForeignVlm, Pixels
+from tinychat.engine.scheduler import Scheduler
+from tinychat.errors import ModelError, UsageError
+
+FAKE, IMAGE, UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+TEXT: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+ANSWER = 6
+
+
+def words() -> Any:
+    """Bytes, then the special tokens; BOS is added in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<eos>", "<pad>", FAKE, IMAGE, UTTERANCE]
+    inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    from tokenizers.processors import TemplateProcessing
+
+    bos = inner.token_to_id("<bos>")
+    inner.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def seeded(model: Any) -> Any:
+    shake(model.eval())
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@cache
+def idefics2(splitting: bool) -> tuple[Any, Any]:
+    tokenizer = words()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Idefics2Config(
+        text_config=MistralConfig(**TEXT).to_dict(),
+        vision_config={**vision, "image_size": 56, "patch_size": 14},
+        perceiver_config={
+            "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8,
+            "num_key_value_heads": 1, "hidden_size": 32,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+    )  # fmt: skip
+    torch.manual_seed(3)
+    made = Idefics2ImageProcessorPil(
+        size={"longest_edge": 56, "shortest_edge": 28}, do_image_splitting=splitting, do_pad=True
+    )
+    processor = Idefics2Processor(made, tokenizer, image_seq_len=4)
+    return seeded(Idefics2ForConditionalGeneration(config)), processor
+
+
+@cache
+def paligemma() -> tuple[Any, Any]:
+    tokenizer = words()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = PaliGemmaConfig(
+        text_config=GemmaConfig(**TEXT, head_dim=16).to_dict(),
+        vision_config={**vision, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14,
+                       "vision_use_head": False, "projection_dim": 32},
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        projection_dim=32, hidden_size=32,
+    )  # fmt: skip
+    torch.manual_seed(4)
+    made: Any = SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    made.image_seq_length = 4
+    return seeded(PaliGemmaForConditionalGeneration(config)), PaliGemmaProcessor(made, tokenizer)
+
+
+KINDS: dict[str, Any] = {"idefics2": lambda: idefics2(False), "split": lambda: idefics2(True), "paligemma": paligemma}
+
+
+@cache
+def engine(kind: str) -> CausalLM:
+    model, processor = KINDS[kind]()
+    return CausalLM.from_model(model, ForeignProcessor(processor, model.config, model.generation_config))
+
+
+@cache
+def picture(seed: int) -> Image:
+    size = ((60, 40), (30, 70), (56, 56))[seed % 3]
+    noise = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed))
+    out = io.BytesIO()
+    Pictures.fromarray(noise.to(torch.uint8).numpy()).save(out, "png")
+    return Image(data=out.getvalue())
+
+
+PROMPTS: dict[str, tuple[Any, ...]] = {
+    "one": (picture(0), Text("what is it?")),
+    "two": (picture(1), Text(" and "), picture(2), Text(" differ")),
+    "neighbours": (picture(2), picture(0), Text("same?")),
+    "text": (Text("no picture at all"),),
+}
+PREFIXED = ("one", "neighbours", "text")  # PaliGemma's pictures come first
+
+
+def prompts(kind: str) -> list[str]:
+    return [name for name in PROMPTS if kind != "paligemma" or name in PREFIXED]
+
+
+def request(name: str, **sampling: Any) -> Request:
+    return Request(
+        name,
+        parts=PROMPTS[name],
+        sampling=SamplingParams(temperature=0.0, **sampling),
+        stopping=StoppingParams(ANSWER, ignore_eos=True),
+    )
+
+
+def theirs_of(kind: str, name: str) -> dict[str, Any]:
+    """What transformers' own processor makes of a prompt."""
+    _, processor = KINDS[kind]()
+    text = "".join(IMAGE if isinstance(part, Image) else part.text for part in PROMPTS[name])
+    opened = [Pictures.open(io.BytesIO(part.data or b"")) for part in PROMPTS[name] if isinstance(part, Image)]
+    if opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # numpy's, in PaliGemma's labels
+            return dict(processor(images=[opened], text=[text], return_tensors="pt"))
+    if kind == "paligemma":
+        ids = torch.tensor([processor.tokenizer(f"<bos>{text}\n", add_special_tokens=False)["input_ids"]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    return dict(processor(text=[text], return_tensors="pt"))
+
+
+@cache
+def solo(kind: str, name: str) -> tuple[int, ...]:
+    """transformers' own answer."""
+    model, _ = KINDS[kind]()
+    inputs = theirs_of(kind, name)
+    inputs.pop("labels", None)
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=ANSWER, pad_token_id=0)
+    return tuple(out[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def open_batch(lm: CausalLM, *requests: Request) -> CausalLMBatch:
+    return CausalLMBatch.from_pb(requests, lm.reader.tokenizer, processor=lm.reader)
+
+
+def finish(lm: CausalLM, batch: CausalLMBatch) -> dict[str, tuple[int, ...]]:
+    going: CausalLMBatch | None = batch
+    while going is not None:
+        going.check()
+        _, going = lm.generate_token(going)
+    return {row.id: tuple(row.generated) for row in batch.rows}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_those_of_transformers_processors(kind: str) -> None:
+    lm = engine(kind)
+    for name in prompts(kind):
+        prompt, theirs = lm.reader(request(name)), theirs_of(kind, name)["input_ids"][0]
+        assert list(prompt.ids) == theirs.tolist(), name
+        counts = [slot.end - slot.start for slot in prompt.slots]
+        assert [slot.image for slot in prompt.slots] == list(range(len(prompt.images)))
+        assert counts == [24 if kind == "split" else 4] * len(prompt.images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_pictures_and_text_answer_as_generate_does_alone(kind: str) -> None:
+    """Edge cases 20 and 21: sizes differ within a prompt and in the batch, and text rows are beside them."""
+    lm = engine(kind)
+    batch = open_batch(lm, *(request(name) for name in prompts(kind)))
+    assert finish(lm, batch) == {name: solo(kind, name) for name in prompts(kind)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_join_late_and_leave_early(kind: str) -> None:
+    lm, (first, *others) = engine(kind), prompts(kind)
+    _, going = lm.generate_token(open_batch(lm, request(first)))
+    _, late = lm.generate_token(open_batch(lm, *(request(name) for name in others)))
+    assert going is not None and late is not None
+    _, joined = lm.generate_token(CausalLMBatch.concatenate([late, going]))
+    assert joined is not None
+    answers = finish(lm, joined.filter([first])) | finish(lm, joined.filter(others[::-1]))
+    assert answers == {name: solo(kind, name) for name in prompts(kind)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scheduler_gives_the_solo_answers(kind: str) -> None:
+    """Prompts in pieces of three tokens, but for those that are read whole; the second time much of them is cached."""
+    scheduler = Scheduler(engine(kind), rows=2, chunk=8, between=3)
+    answers = dict[str, tuple[int, ...]]()
+    for turn in range(2):
+        for name in prompts(kind):
+            scheduler.submit(replace(request(name), id=f"{turn} {name}"))
+    while scheduler.busy:
+        for event in scheduler.step():
+            assert not isinstance(event, Failed), event
+            if isinstance(event, Finished):
+                answers[event.request_id] = event.token_ids
+    assert answers == {f"{turn} {name}": solo(kind, name) for turn in range(2) for name in prompts(kind)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edge case 23."""
+    lm, seen = engine(kind), list[Pixels]()
+    encode = ForeignVlm.encode_images
+    monkeypatch.setattr(ForeignVlm, "encode_images", lambda model, one: seen.append(one) or encode(model, one))
+    finish(lm, open_batch(lm, request("one"), request("neighbours"), request("text")))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_typed_placeholders_are_text(kind: str) -> None:
+    """Edge case 21."""
+    lm = engine(kind)
+    typed = Request("r", parts=(picture(0), Text(f"is {IMAGE} a {FAKE}?")))
+    prompt = lm.reader(typed)
+    special = {lm.reader.tokenizer.convert_tokens_to_ids(text) for text in (IMAGE, FAKE)}
+    after = prompt.ids[prompt.slots[0].end + (kind != "paligemma") :]
+    assert len(prompt.slots) == 1 and not special & set(after)
+    assert IMAGE in lm.reader.tokenizer.decode(after)
+
+
+def test_pictures_tell_prompts_apart() -> None:
+    lm = engine("idefics2")
+    same, other = (lm.reader(Request("r", parts=(picture(i), Text("hm")))) for i in (0, 3))
+    assert same.ids == other.ids and same.keys() != other.keys()
+    assert same.keys() == lm.reader(Request("r", parts=(picture(0), Text("hm")))).keys()
+
+
+def test_messages_go_through_the_processors_template() -> None:
+    model, processor = idefics2(False)
+    template = (
+        "{% for message in messages %}{{ message.role }}:{% for part in message.content %}{% if part.type == 'image' %}"
+        "<image>{% else %}{{ part.text }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = words()
+    tokenizer.add_tokens([UTTERANCE])
+    own = Idefics2Processor(processor.image_processor, tokenizer, image_seq_len=4, chat_template=template)
+    reader = ForeignProcessor(own, model.config, model.generation_config)
+    prompt = reader(Request("r", (Message("user", (picture(0), Text("what?"))),)))
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    text = own.apply_chat_template(turns, add_generation_prompt=True)
+    picture_of = Pictures.open(io.BytesIO(picture(0).data or b""))
+    assert list(prompt.ids) == own(text=[text], images=[[picture_of]])["input_ids"][0]
+    assert tokenizer.convert_tokens_to_ids(UTTERANCE) in reader.stop_ids
+
+
+def test_a_prompt_read_in_both_directions_has_no_log_probabilities() -> None:
+    with pytest.raises(UsageError, match="reads its prompts in both directions"):
+        engine("paligemma").reader(request("one", prompt_logprobs=True))
+
+
+def test_a_prompt_read_whole_does_not_begin_in_the_middle() -> None:
+    model = engine("paligemma").model
+    cache = model.make_cache(1, 32)
+    model.prefill(model.embed(torch.arange(4), (), ()), cache, 0)
+    with pytest.raises(UsageError, match="reads its prompts whole"):
+        model.prefill(model.embed(torch.arange(4), (), ()), cache, 2)
+
+
+def test_prompt_log_probabilities_of_a_prompt_with_pictures() -> None:
+    lm, (model, _) = engine("idefics2"), idefics2(False)
+    (generation,), _ = lm.generate_token(open_batch(lm, request("one", prompt_logprobs=True)))
+    inputs = theirs_of("idefics2", "one")
+    with torch.no_grad():
+        logprobs = model(**inputs).logits[0].log_softmax(-1)
+    assert generation.prefill_tokens is not None
+    told = torch.tensor(generation.prefill_tokens.logprobs[1:])
+    assert torch.allclose(told, logprobs[:-1].gather(1, inputs["input_ids"][0, 1:, None])[:, 0], atol=1e-4)
+
+
+def test_a_model_whose_pictures_are_unknown_is_refused() -> None:
+    model, _ = idefics2(False)
+    config = type(model.config)(**model.config.to_dict())
+    other = Idefics2ForConditionalGeneration(config)
+    other.config.model_type = "nobodys"
+    with pytest.raises(ModelError, match="how a 'nobodys' model sees pictures is not known; known are idefics2"):
+        adapted(other)
+
+
+def test_a_tokenizer_without_the_image_token_is_refused() -> None:
+    model, processor = paligemma()
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+    with pytest.raises(ModelError, match="the tokenizer has no <image>"):
+        ForeignProcessor(SimpleNamespace(tokenizer=tokenizer, image_processor=processor.image_processor), model.config)
