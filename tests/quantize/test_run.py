@@ -34,7 +34,7 @@ from tinychat.quantize.run import Run, Written
 from tinychat_kernels.layout import QuantSpec
 
 FAMILIES = [("text", family) for family in ("llama", "mistral", "qwen2")] + [
-    (layout, "llama") for layout in ("llava_hf", "vila", "llava")
+    (layout, "llama") for layout in ("llava_hf", "llava_next", "vila", "llava")
 ]
 
 
