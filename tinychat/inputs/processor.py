@@ -118,7 +118,7 @@ class Processor:
         """Tokens of a picture of this height and width; tokens_per_image is the most that one takes."""
         return self.tokens_per_image if self.tiling is None else self.tiling.tokens(size)
 
-    def pixels(self, prompt: Prompt, images: Sequence[int]) -> Any:
+    def pixels(self, prompt: Prompt, images: Sequence[int]) -> Tensor | Tiles:
         """What the model's encode_images takes for the prompt's pictures of these numbers, decoded now.
 
         [len(images), 3, H, W] float32, or Tiles where the model cuts them. Raises MediaError.
