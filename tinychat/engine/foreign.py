@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from tinychat.engine.foreign_cache import ForeignCache
 from tinychat.engine.prefill import Model
@@ -35,6 +44,18 @@ def adapted(model: Any) -> Model:
 
         return ForeignVlm(model)
     return ForeignModel(model)
+
+
+def reader_of(words: Any, model: Any) -> Any:
+    """What makes prompts: as it is given, or over a tokenizer or a processor of transformers."""
+    if hasattr(words, "stop_ids"):
+        return words
+    generation = getattr(model, "generation_config", None)
+    if hasattr(words, "image_processor"):
+        from tinychat.engine.foreign_vlm import ForeignProcessor
+
+        return ForeignProcessor(words, model.config, generation)
+    return TokenReader(words, model.config, generation)
 
 
 class ForeignModel:
@@ -194,7 +215,27 @@ def open_model(
         else:
             ready = load.load_folder(folder, load.Placement(dtype))
             return Opened(ready.model, ready.processor, ready.context)
-    return _open_foreign(folder, quantize, dtype, trust_remote_code, why)
+    return TheirFolder(folder, quantize, dtype, trust_remote_code, why).open()
+
+
+def open_foreign(
+    model_id: str,
+    model_class: Any = None,
+    *,
+    processor_class: Any = None,
+    processor_kwargs: dict[str, Any] | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Opened:
+    """A folder or a hub id by classes of transformers, or by its Auto classes where they are None.
+
+    processor_kwargs go to the processor's from_pretrained. Raises what open_model raises.
+    """
+    from tinychat import load
+
+    folder = TheirFolder(load.resolve(model_id, revision), None, dtype, trust_remote_code)
+    return folder.open(model_class, processor_class, processor_kwargs or {})
 
 
 def _check_quantize(quantize: str | None) -> None:
@@ -210,60 +251,63 @@ def _check_quantize(quantize: str | None) -> None:
         raise UsageError(f"8-bit weights of bitsandbytes need {missing}", "leave quantize out, or take a 4-bit model")
 
 
-def _open_foreign(folder: Path, quantize: str | None, dtype: torch.dtype | None, trust: bool, why: str) -> Opened:
-    model = load_foreign(folder, AutoModelForCausalLM, quantize, dtype, trust, why)
-    tokenizer = _read(folder, why, AutoTokenizer, trust_remote_code=trust, padding_side="left", truncation_side="left")
-    set_pad_token(tokenizer, model.config)
-    check_tokenizer(tokenizer, folder, model)
-    reader = TokenReader(tokenizer, model.config, model.generation_config)
-    return Opened(ForeignModel(model), reader, reader.context)
+@dataclass(frozen=True, slots=True)
+class TheirFolder:
+    """A folder that transformers opens. `why` is what our own loader says of it."""
 
+    path: Path
+    quantize: str | None = None
+    dtype: torch.dtype | None = None
+    trust_remote_code: bool = False
+    why: str = ""
 
-def load_foreign(
-    folder: Path,
-    kind: Any,
-    quantize: str | None = None,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-    why: str = "",
-) -> PreTrainedModel:
-    """A model of transformers, by one of its classes or Auto classes; every weight must be there."""
-    cuda = torch.cuda.is_available()
-    options: dict[str, Any] = {
-        "config": _read(folder, why, AutoConfig, trust_remote_code=trust_remote_code),
-        "dtype": dtype or (torch.float16 if cuda else torch.float32),
-        "trust_remote_code": trust_remote_code,
-    }
-    if quantize is not None:
-        from transformers import BitsAndBytesConfig
+    def open(self, model_class: Any = None, processor_class: Any = None, options: Any = None) -> Opened:
+        """The model, adapted, with what reads its prompts: a tokenizer alone, or a processor where it sees pictures."""
+        config = self.read(AutoConfig)
+        sees = hasattr(config, "vision_config")
+        model = self.model(config, model_class or (AutoModelForImageTextToText if sees else AutoModelForCausalLM))
+        kind = processor_class or (AutoProcessor if sees else AutoTokenizer)
+        sides = {"padding_side": "left", "truncation_side": "left"}
+        words = self.read(kind, **{**({} if sees else sides), **(options or {})})
+        tokenizer = words.tokenizer if sees else words
+        set_pad_token(tokenizer, model.config)
+        check_tokenizer(tokenizer, self.path, model, getattr(words, "image_token", None))
+        reader = reader_of(words, model)
+        return Opened(adapted(model), reader, reader.context)
 
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if torch.cuda.device_count() > 1 or quantize is not None:
-        options["device_map"] = "auto"
-    model, loaded = _read(folder, why, kind, output_loading_info=True, **options)
-    if lacking := sorted(loaded["missing_keys"]):
-        some = ", ".join(lacking[:3])
-        raise ModelError(f"{folder} lacks {len(lacking)} tensors of the model ({some})", "copy all its files again")
-    return model if not cuda or "device_map" in options else model.to("cuda")
+    def model(self, config: Any, kind: Any) -> PreTrainedModel:
+        """The model in eval mode on the GPUs, or the CPU where there is none. Raises ModelError for missing tensors."""
+        cuda = torch.cuda.is_available()
+        options: dict[str, Any] = {"config": config, "dtype": self.dtype or (torch.float16 if cuda else torch.float32)}
+        if self.quantize is not None:
+            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        if torch.cuda.device_count() > 1 or self.quantize is not None:
+            options["device_map"] = "auto"
+        model, loaded = self.read(kind, output_loading_info=True, **options)
+        if lacking := sorted(loaded["missing_keys"]):
+            some = ", ".join(lacking[:3])
+            lacks = f"{self.path} lacks {len(lacking)} tensors of the model ({some})"
+            raise ModelError(lacks, "copy all its files again")
+        return model if not cuda or "device_map" in options else model.to("cuda")
 
+    def read(self, kind: Any, **options: Any) -> Any:
+        """What from_pretrained gives; what it raises, as a sentence of ours."""
+        options["trust_remote_code"] = self.trust_remote_code
+        try:
+            return kind.from_pretrained(str(self.path), local_files_only=True, **options)
+        except SafetensorError as error:
+            raise FormatError(f"the weights in {self.path} cannot be read ({error})", "copy the files again") from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise CapacityError(f"the memory does not suffice for {self.path}", "take a smaller model") from error
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+            raise self._refusal(" ".join(str(error).split())) from error
 
-def _read(folder: Path, why: str, kind: Any, **options: Any) -> Any:
-    """What from_pretrained gives; what it raises, as a sentence of ours."""
-    from safetensors import SafetensorError
-
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except SafetensorError as error:
-        raise FormatError(f"the weights in {folder} cannot be read ({error})", "copy the files again") from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise CapacityError(f"the memory does not suffice for {folder}", "take a smaller model") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+    def _refusal(self, reason: str) -> ModelError:
         if "trust_remote_code" in reason:
-            own = f"{folder} brings code of its own, which only trust_remote_code runs"
-            raise ModelError(own, "read that code; then give trust_remote_code=True, or take another model") from error
+            own = f"{self.path} brings code of its own, which only trust_remote_code runs"
+            return ModelError(own, "read that code; then give trust_remote_code=True, or take another model")
         remedy = "check that its files are complete and for this version of transformers"
-        raise ModelError(f"transformers does not read {folder}: {reason}{why}", remedy) from error
+        return ModelError(f"transformers does not read {self.path}: {reason}{self.why}", remedy)
 
 
 def set_pad_token(tokenizer: Any, config: Any) -> None:
@@ -280,13 +324,14 @@ def set_pad_token(tokenizer: Any, config: Any) -> None:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
 
 
-def check_tokenizer(tokenizer: Any, folder: Path, model: Any) -> None:
-    """Raises ModelError where it was made of nothing, or a token has no embedding; padding needs none."""
+def check_tokenizer(tokenizer: Any, folder: Path, model: Any, image_token: str | None = None) -> None:
+    """Raises ModelError where it was made of nothing, or a token has no embedding; padding and pictures need none."""
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in names):
         looked = f"{' or '.join(sorted(names))} was looked for in {folder}"
         raise ModelError(f"{looked}, and there is none", "copy the tokenizer files there")
-    largest = max((i for token, i in tokenizer.get_vocab().items() if token != tokenizer.pad_token), default=0)
+    unused = {tokenizer.pad_token, image_token}
+    largest = max((i for token, i in tokenizer.get_vocab().items() if token not in unused), default=0)
     if largest >= (rows := model.get_input_embeddings().num_embeddings):
         ids = f"has ids up to {largest:,}, the model's vocabulary has {rows:,} tokens"
         raise ModelError(f"the tokenizer {ids}", "copy the tokenizer files of this very model")
