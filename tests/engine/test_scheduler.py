@@ -355,3 +355,36 @@ def test_an_id_that_comes_twice_fails_alone(lm: CausalLM) -> None:
     engine = Engine(lm.model, lm.reader, context=CONTEXT, rows=2)
     found = list(engine.run([request("a"), request("a")]))
     assert [type(event) for event in found if isinstance(event, Finished | Failed)] == [Failed, Finished]
+
+
+# Speculation, and what a token tells
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.3, "seed": 4}, {"repetition_penalty": 1.1}])
+def test_guessing_ahead_changes_no_answer(
+    lm: CausalLM, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [request(f"r{i}", "one two one two " * 4, str(i), tokens=40, **sampling) for i in range(4)]
+    plain = alone(lm, *asked)
+    steps = list[int]()
+    real = type(lm.model).verify
+
+    def counted(self: Any, ids: Any, cache: Any) -> Any:
+        steps.append(ids.shape[1])
+        return real(self, ids, cache)
+
+    monkeypatch.setattr(type(lm.model), "verify", counted)
+    monkeypatch.setattr(lm, "speculate", 4, raising=False)
+    assert said(run(Scheduler(lm), *asked)) == plain
+    assert max(steps) == 5 and len(steps) < 0.9 * sum(map(len, plain.values()))
+    assert said(run(Scheduler(lm, rows=3), *asked)) == plain
+
+
+def test_a_token_tells_its_rivals_and_what_it_was_drawn_from(lm: CausalLM) -> None:
+    events = run(Scheduler(lm), request("a", temperature=0.5, top_k=3, seed=1, top_n_tokens=4))
+    for token in (event for event in events if isinstance(event, Token)):
+        assert len(token.top) == 4 and [one.logprob for one in token.top] == sorted(
+            (t.logprob for t in token.top), reverse=True
+        )
+        assert token.processed_logprob is not None and token.processed_logprob != token.logprob
+        assert all(one.text or one.id for one in token.top)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,15 +17,18 @@ from torch.nn.functional import pad
 
 from tinychat.core import Generation, NextTokens, PrefillTokens
 from tinychat.engine.batch import CausalLMBatch
-from tinychat.engine.draws import Drawn, draw_rows
+from tinychat.engine.detokenizer import token_text
+from tinychat.engine.draws import draw_rows
+from tinychat.engine.logprobs import with_texts
 from tinychat.engine.prefill import Cache, Draws, Filling, Model, running
-from tinychat.engine.requests import TokenReader
-from tinychat.engine.rows import Reader, Row
+from tinychat.engine.rows import Reader, Row, text_ids
 from tinychat.engine.sampler import Draw, no_numbers
+from tinychat.engine.speculative import accept, propose
 from tinychat.errors import TinychatError, UsageError
 from tinychat.inputs.processor import Prompt, Slot
 
 Generations = list[Generation]
+Drawn = list[Draw] | TinychatError  # what a row gets in a step
 CHUNK = 512
 
 
@@ -32,11 +36,13 @@ class CausalLM:
     """A model that answers batches: `generate_token` is one step of all their rows.
 
     `rank` of `world_size` processes tell of their own rows alone; where one process does everything it is 0 of 1.
+    `speculate` tokens are guessed ahead, by prompt lookup, where a row is alone: the answer stays what it is.
     """
 
     dynamic_adapter_loading_enabled = False
     has_adapter_data = False
     rank, world_size = 0, 1
+    speculate = 0
 
     model: Model
     reader: Reader
@@ -61,11 +67,9 @@ class CausalLM:
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any, context: int | None = None) -> CausalLM:
         """Over a model of ours or of transformers that is in memory, and its tokenizer or processor."""
-        from tinychat.engine.foreign import adapted
+        from tinychat.engine.foreign import adapted, reader_of
 
-        made = cls.__new__(cls)
-        generation = getattr(model, "generation_config", None)
-        reader = tokenizer if hasattr(tokenizer, "stop_ids") else TokenReader(tokenizer, model.config, generation)
+        made, reader = cls.__new__(cls), reader_of(tokenizer, model)
         made._take(adapted(model), reader, context or reader.context)
         return made
 
@@ -155,7 +159,9 @@ class CausalLM:
         return logits
 
     def _decoded(self, batch: CausalLMBatch) -> tuple[CausalLMBatch, list[Drawn], list[list[float] | None]]:
-        past = cast(Cache, batch.past_key_values)
+        past = cast("Cache", batch.past_key_values)
+        if guess := self._guess(batch):
+            return batch, [self._verified(batch.rows[0], guess, past)], [None]
         temperatures = [row.chooser.temperature for row in batch.rows]
         none: list[list[float] | None] = [None] * len(batch)
         with running():
@@ -167,10 +173,28 @@ class CausalLM:
             logits = self.model.decode(batch.input_ids.to(self.device), past)[:, -1]
         return batch, draw(batch.rows, logits), none
 
+    def _guess(self, batch: CausalLMBatch) -> list[int]:
+        """What a row that is alone might say next."""
+        if not self.speculate or len(batch) > 1:
+            return []
+        row = batch.rows[0]
+        return propose([*text_ids(row.prompt), *row.generated], min(self.speculate, row.remaining - 1))
+
+    def _verified(self, row: Row, guess: list[int], past: Cache) -> Drawn:
+        """Read the newest token and the guess -> the tokens that come of them; the cache keeps what was right."""
+        with running():
+            logits = self.model.verify(torch.tensor([[row.ids[-1], *guess]], device=self.device), past)[0]
+        try:
+            draws = accept(row.chooser, logits, guess, row.generated)
+        except TinychatError as error:
+            return error
+        past.truncate([past.lengths[0] - len(guess) - 1 + len(draws)])
+        return draws
+
     def advance(
         self, batch: CausalLMBatch, draws: Sequence[Drawn], logprobs: Sequence[list[float] | None]
     ) -> Generations:
-        """Give every row its drawn token, or the error in its place; what this process tells of them."""
+        """Give every row its drawn tokens, or the error in their place; what this process tells of them."""
         made = Generations()
         for i, (row, drawn, prompt) in enumerate(zip(batch.rows, draws, logprobs, strict=True)):
             if isinstance(drawn, TinychatError):
@@ -181,23 +205,37 @@ class CausalLM:
                 made.append(generation)
         return made
 
-    def _generation(self, row: Row, drawn: Draw, prompt: list[float] | None) -> Generation:
-        text = row.push(drawn.token)
-        special = drawn.token in getattr(self.reader.tokenizer, "all_special_ids", ())
-        tokens = NextTokens((drawn.token,), (drawn.logprob,), (text,), (special,), (drawn.top,) if drawn.top else ())
+    def _generation(self, row: Row, draws: Sequence[Draw], prompt: list[float] | None) -> Generation:
+        tokenizer, texts = self.reader.tokenizer, list[str]()
+        for drawn in draws:
+            texts.append(row.push(drawn.token))
+            if row.ended:
+                break
+        row.skipped += len(texts) - 1
+        taken = draws[: len(texts)]
+        special: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        tokens = NextTokens(
+            ids=tuple(drawn.token for drawn in taken),
+            logprobs=tuple(drawn.logprob for drawn in taken),
+            texts=tuple(texts),
+            is_special=tuple(drawn.token in special for drawn in taken),
+            top=tuple(with_texts(drawn.top, partial(token_text, tokenizer)) for drawn in taken),
+            processed_logprobs=tuple(drawn.processed_logprob for drawn in taken),
+        )
         return Generation(row.id, self._prompt_tokens(row, prompt), tokens, row.finished(), len(row.prompt.ids))
 
     def _prompt_tokens(self, row: Row, logprobs: list[float] | None) -> PrefillTokens | None:
         if logprobs is None:
             return None
-        texts = self.reader.tokenizer.batch_decode([[token] for token in row.prompt.ids])
-        return PrefillTokens(row.prompt.ids, tuple(logprobs), tuple(texts))
+        ids = row.prompt.ids
+        return PrefillTokens(ids, tuple(logprobs), tuple(token_text(self.reader.tokenizer, token) for token in ids))
 
 
 def draw(rows: Sequence[Row], logits: Tensor) -> list[Drawn]:
     """Logits `[B, V]` -> each row's next token, drawn by its own sampler, or why there is none."""
-    return draw_rows([row.chooser for row in rows], logits, [row.generated for row in rows])
+    found = draw_rows([row.chooser for row in rows], logits, [row.generated for row in rows])
+    return [[one] if isinstance(one, Draw) else one for one in found]
 
 
 def _drawn(token: int, logprob: float) -> Drawn:
-    return no_numbers() if math.isnan(logprob) else Draw(token, logprob, None)
+    return no_numbers() if math.isnan(logprob) else [Draw(token, logprob, None)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tinychat.core import Event, Failed, Finished, Request
 from tinychat.engine.causal_lm import CausalLM
-from tinychat.engine.scheduler import BETWEEN, CHUNK, Scheduler
+from tinychat.engine.scheduler import CHUNK, Scheduler
 from tinychat.errors import TinychatError
 
 CONTEXT = 4096
@@ -20,19 +20,20 @@ CONTEXT = 4096
 class Engine:
     """Answers requests with a model and its processor, up to `rows` together.
 
-    `context` tokens hold a prompt and its answer; a prompt is read in pieces of `chunk` tokens, of `between` while
-    others are answered; `kv_tokens` bounds what all rows hold.
+    `context` tokens hold a prompt and its answer; a prompt is read in pieces of `chunk` tokens, of fewer while others
+    are answered; `kv_tokens` bounds what all rows hold; `speculate` tokens are guessed for one alone.
     """
 
     def __init__(
         self, model: Any, processor: Any, *, context: int | None = None, chunk: int = CHUNK, load_s: float = 0.0,
-        rows: int = 1, between: int = BETWEEN, kv_tokens: int | None = None,
+        rows: int = 1, kv_tokens: int | None = None, speculate: int = 0,
     ) -> None:  # fmt: skip
         self.context = context or min(processor.config.text.max_position_embeddings, CONTEXT)
         self.model = model
         self.processor = processor
         lm = CausalLM.from_model(model, processor, self.context)
-        self.scheduler = Scheduler(lm, rows=rows, chunk=chunk, between=between, kv_tokens=kv_tokens, load_s=load_s)
+        lm.speculate = speculate
+        self.scheduler = Scheduler(lm, rows=rows, chunk=chunk, kv_tokens=kv_tokens, load_s=load_s)
         self._going: set[str] = set()
         self._cancelled = False
 
