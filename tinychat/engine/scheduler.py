@@ -358,9 +358,9 @@ class Scheduler:
 def _tokens(row: Row, generation: Generation) -> Iterator[Event]:
     """A Token event for each token but an EOS."""
     made = generation.next_tokens
-    for i in range(len(made.ids) - (row.reason == "eos")):
-        top = made.top[i] if made.top else ()
-        yield Token(generation.request_id, made.ids[i], made.texts[i], made.logprobs[i], top=top)
+    columns = (made.ids, made.texts, made.logprobs, made.processed_logprobs, made.top)
+    tokens = [Token(generation.request_id, *values) for values in zip(*columns, strict=True)]
+    yield from tokens[: len(tokens) - (row.reason == "eos")]
 
 
 def _failed(task: Task, error: TinychatError) -> Failed:
