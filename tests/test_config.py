@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Conf
 
 from tinychat.config import ProjectorConfig, RopeConfig, TextConfig, VilaConfig, VisionConfig, layout_of, read_config
 from tinychat.errors import FormatError, ModelError
+from tinychat.tiling import Tiling
 
 Json = dict[str, Any]
 
@@ -140,6 +141,29 @@ def test_original_llava_keys_go_to_their_parts() -> None:
 )
 def test_original_llava_decoders(name: str, family: str) -> None:
     assert VilaConfig(**{**LLAVA, "model_type": name}).text.family == family
+
+
+def test_llava_next_keys() -> None:
+    """Those of llava-v1.6-mistral-7b-hf, where LLaVA-1.5 would have one square of 576 tokens."""
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    more = {"use_image_newline_parameter": True, "ignore_index": -100, "image_token_index": 32000}
+    raw = {**LLAVA_HF, **more, "model_type": "llava_next", "image_grid_pinpoints": pinpoints}
+    config = VilaConfig(**raw)
+    assert (config.layout, config.image_aspect_ratio, config.image_token_id) == ("llava_hf", "anyres", 32000)
+    assert config.tiling == Tiling(tuple((h, w) for h, w in pinpoints), 336, 24)
+    assert (config.tokens_per_image, config.tiles_per_image) == (2928, 5)
+    assert VilaConfig(**{**raw, "image_grid_pinpoints": None}).tiling == config.tiling
+    joined = VilaConfig(**{**raw, "vision_feature_layer": [-2, 1]})
+    assert joined.vision is not None and joined.vision.select_layers == (-2, 1)
+    assert joined.projector is not None and joined.projector.mm_hidden_size == 2 * 48
+    again = VilaConfig(**config.to_dict())
+    assert (again.tiling, again.vision, again.projector) == (config.tiling, config.vision, config.projector)
+
+
+def test_whole_pictures_have_one_tile_whatever_else_is_said() -> None:
+    for raw in (LLAVA, VILA, LLAVA_HF):
+        config = VilaConfig(**{**raw, "image_grid_pinpoints": [[336, 672]]})
+        assert (config.tiling, config.tiles_per_image) == (None, 1)
 
 
 def test_llava_hf_keys() -> None:

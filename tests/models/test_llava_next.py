@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextModel,
     SiglipVisionConfig,
 )
 
@@ -174,18 +176,25 @@ def test_gradients_reach_every_part_as_in_transformers() -> None:
     assert ours.image_newline.grad.any()
 
 
-def test_case_19_the_count_equals_the_rows_for_every_size_of_a_sweep() -> None:
-    """The features are numbered, so that their order is seen too."""
-    rng = random.Random(0)
-    newline = torch.tensor([-1.0])
-    for size in [*SIZES, *((rng.randint(1, 3000), rng.randint(1, 3000)) for _ in range(3000))]:
-        count = TILING.tiles(size)
-        features = torch.arange(count * 16.0).reshape(count, 16, 1)
-        packed = pack_tiles(features, TILING, size, newline)
-        assert len(packed) == TILING.tokens(size), size
-        kept = packed[packed >= 0]
-        assert len(kept.unique()) == len(kept)
-        assert torch.equal(packed[:16], features[0])
+REAL = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+
+
+@pytest.mark.parametrize(
+    ("tiling", "count"),
+    [(TILING, 10_000), (Tiling(tuple(REAL), 336, 24), 10_000), (Tiling(((768, 384), (384, 1152)), 384, 27), 2000)],
+)
+def test_case_19_the_count_equals_the_rows_for_every_size_of_a_sweep(tiling: Tiling, count: int) -> None:
+    """Numbered features, put together by transformers and by us: as many, and in the same order."""
+    rng, newline, n = random.Random(0), torch.tensor([-1.0]), tiling.patches
+    vision = SimpleNamespace(image_size=tiling.side, patch_size=tiling.side // n)
+    pinpoints = [list(resolution) for resolution in tiling.resolutions]
+    theirs = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=pinpoints))
+    for size in [*SIZES, *((rng.randint(1, 3000), rng.randint(1, 3000)) for _ in range(count))]:
+        features = torch.arange(tiling.tiles(size) * n * n * 1.0).reshape(-1, n * n, 1)
+        (expected,), _ = LlavaNextModel.pack_image_features(theirs, [features], [size], "default", newline)
+        packed = pack_tiles(features, tiling, size, newline)
+        assert len(packed) == tiling.tokens(size), size
+        assert torch.equal(packed, expected), size
 
 
 def test_case_19_one_tile_adds_one_newline() -> None:
