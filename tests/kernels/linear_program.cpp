@@ -1,6 +1,7 @@
-// Runs the linears, and then vision towers, over shapes, rows, threads and instruction sets and prints a digest of each result. Fails where two
-// instruction sets or two numbers of threads differ. Its output is the same on every machine, so it is compared between
-// a native build, one with sanitizers, and one for another machine. See scripts/check_cpu_kernels.
+// Runs the linears, then vision towers and decoders, over shapes, rows, threads and instruction sets and prints a
+// digest of each result. Fails where two instruction sets or two numbers of threads differ. Its output is the same on
+// every machine, so it is compared between a native build, one with sanitizers, and one for another machine. See
+// scripts/check_cpu_kernels.
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
@@ -139,6 +140,7 @@ int main(int count, char** arguments) {
     tc_set_least_work(0);
     for (const Shape& shape : kShapes) good &= check(shape, random);
     good &= check_towers();
+    good &= check_decoders();
     if (count > 1 && std::strcmp(arguments[1], "fork") == 0) good &= check_fork(random);
     for (const char* isa : kIsas)
         if (tc_isa_supported(isa) != 0) std::fprintf(stderr, "ran: %s\n", isa);

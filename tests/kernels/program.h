@@ -46,3 +46,6 @@ inline uint64_t digest(const std::vector<float>& values) { return digest(values.
 
 // Vision towers with random weights, for the instructions and numbers of threads there are; false where bits differ.
 bool check_towers();
+
+// The same of decoders, which also fail where a row's bits depend on its company or on chunks.
+bool check_decoders();

@@ -1,4 +1,4 @@
-"""The linears with sanitizers, and on an Arm CPU that is emulated: their digests are those of a plain native build."""
+"""The kernels with sanitizers, and on an Arm CPU that is emulated: their digests are those of a plain native build."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_cpu_kernels"
-TOOLS = {"address": ["c++"], "thread": ["c++", "setarch"], "arm": ["c++", "aarch64-linux-gnu-g++", "qemu-aarch64"]}
+TOOLS = {
+    "address": ["c++"],
+    "thread": ["c++", "setarch"],
+    "arm": ["c++", "aarch64-linux-gnu-g++", "qemu-aarch64"],
+    "tests": ["c++"],
+}
 
 
 @pytest.mark.slow
