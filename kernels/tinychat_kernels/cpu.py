@@ -25,7 +25,7 @@ from tinychat_kernels.errors import KernelError, LayoutError, SettingError
 from tinychat_kernels.int8 import Int8
 from tinychat_kernels.layout import AwqGemm, QuantSpec
 
-ABI = 2
+ABI = 3
 SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as tinychat.h numbers them
 ISAS = ("generic", "avx2", "avxvnni", "avx512", "dotprod", "i8mm")
 GROUPS = (128, 64, 32)  # of 4-bit blocks, the best first
@@ -77,8 +77,8 @@ _SIGNATURES: Signatures = {
     "tc_packed_size": (ctypes.c_size_t, (_POINTER,)),
     "tc_pack_w4": (None, (_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _POINTER)),
     "tc_pack_w8": (None, (_POINTER, _POINTER, _POINTER, _POINTER)),
-    "tc_linear": (None, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_int)),
-    "tc_quantize": (None, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
+    "tc_linear": (ctypes.c_int, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _POINTER, ctypes.c_int)),
+    "tc_quantize": (ctypes.c_int, (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER)),
     "tc_read": (ctypes.c_uint64, (_POINTER, _INT64)),
     "tc_products": (_INT64, (_INT64,)),
 }
@@ -176,6 +176,11 @@ def _set_isa(loaded: ctypes.CDLL, name: str) -> None:
 def threads() -> int:
     """Threads that a call runs on."""
     return library().tc_threads()
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: the threads by default."""
+    return library().tc_usable_cores()
 
 
 def set_threads(count: int) -> None:
@@ -290,31 +295,52 @@ def w8a8_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor
 
 def linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, exact: bool = False) -> Tensor:
     """x `[M, K]` times any packed weights -> `[M, N]` in x's dtype."""
-    if x.dim() != 2 or x.shape[1] != packed.in_features:
-        raise KernelError(f"x has shape {list(x.shape)}, [rows, {packed.in_features}] is needed")
+    _check_rows(x, packed.in_features)
+    if bias is not None and (bias.shape != (packed.out_features,) or bias.device.type != "cpu"):
+        raise KernelError(f"the bias is {list(bias.shape)} on {bias.device}, [{packed.out_features}] on cpu is needed")
     rows = x.float().contiguous()
     out = torch.empty((x.shape[0], packed.out_features))
     wide = None if bias is None else bias.float().contiguous()
-    library().tc_linear(
+    failed = library().tc_linear(
         _weights(packed), rows.data_ptr(), rows.shape[1], rows.shape[0], out.data_ptr(), out.shape[1],
         None if wide is None else wide.data_ptr(), int(exact),
     )  # fmt: skip
+    check_memory(failed, f"{rows.shape[0]} rows of {rows.shape[1]} inputs")
     return out.to(x.dtype)
 
 
 def quantize(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """What a linear rounds x `[M, K]` to: int8 `[M, K]`, and scales `[M, K/group]` in float32."""
+    _check_rows(x)
     if x.shape[1] % group:
         raise KernelError(f"rows of {x.shape[1]} values are no multiple of groups of {group}")
     rows = x.float().contiguous()
     values = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty((rows.shape[0], rows.shape[1] // group))
-    library().tc_quantize(rows.data_ptr(), *rows.shape, group, values.data_ptr(), scales.data_ptr())
+    failed = library().tc_quantize(rows.data_ptr(), *rows.shape, group, values.data_ptr(), scales.data_ptr())
+    check_memory(failed, f"{rows.shape[0]} rows of {rows.shape[1]} inputs")
     return values, scales
 
 
+def check_memory(failed: int, asked: str) -> None:
+    """Raise KernelError where a call says that it found no memory."""
+    if failed:
+        raise KernelError(f"there is no memory to compute {asked}")
+
+
+def _check_rows(x: Tensor, width: int | None = None) -> None:
+    if x.dim() != 2 or x.device.type != "cpu" or width not in (None, x.shape[1]):
+        wanted = f"[rows, {'inputs' if width is None else width}]"
+        raise KernelError(f"x has shape {list(x.shape)} on {x.device}, {wanted} on cpu is needed")
+
+
 def _packed_in(memory: Tensor | None, inputs: int, outputs: int, group: int, bits: int, scale: torch.dtype) -> Packed:
-    blocks = empty(packed_size(inputs, outputs, group, bits, scale)) if memory is None else memory
+    size = packed_size(inputs, outputs, group, bits, scale)
+    blocks = empty(size) if memory is None else memory
+    fits = blocks.dtype == torch.uint8 and blocks.shape == (size,) and blocks.is_contiguous()
+    if not fits or blocks.device.type != "cpu" or blocks.data_ptr() % ALIGNMENT:
+        found = f"{list(blocks.shape)} of {blocks.dtype} on {blocks.device} at {blocks.data_ptr() % ALIGNMENT}"
+        raise LayoutError(f"memory {found} came for {size} bytes aligned to {ALIGNMENT}")
     return Packed(blocks, inputs, outputs, group, bits, scale)
 
 

@@ -149,7 +149,7 @@ def _library() -> ctypes.CDLL:
     for name, result, arguments in (
         ("tc_step_memory", ctypes.c_size_t, (_POINTER, _INT64, _INT64, _INT64)),
         ("tc_forward", None, (_POINTER, _POINTER, _POINTER)),
-        ("tc_attention", None, (_POINTER,) * 7),
+        ("tc_attention", ctypes.c_int, (_POINTER,) * 7),
         ("tc_norm", None, (_POINTER, _POINTER, _POINTER, _FLOAT, _INT64, _INT64, _POINTER)),
         ("tc_swiglu", None, (_POINTER, _INT64, _INT64, _POINTER)),
         ("tc_rotate", None, (_POINTER, _POINTER, _POINTER, _INT64, _INT64)),
@@ -213,13 +213,15 @@ class Decoder:
         want: "last" gives `[B, 1, V]`, "every" `[B, T, V]`, "none" None.
         """
         batch, count = inputs.shape[:2]
+        self._check_rows(rows, batch, count)
         lengths = [start + count for start in rows.starts]
-        self._check_rows(rows, batch, max(lengths))
         is_tokens = not inputs.is_floating_point()
         if is_tokens and not 0 <= int(inputs.min()) <= int(inputs.max()) < len(self.weights.embeddings):
             raise KernelError(f"a token is none of the {len(self.weights.embeddings)} that there are")
         given = inputs.to(torch.int64 if is_tokens else torch.float32).contiguous()
         angles = None if rotary.angles is None else rotary.angles.to(torch.int32).contiguous()
+        if (needed := max(lengths) if angles is None else int(angles.max()) + 1) > len(rotary.cos):
+            raise KernelError(f"{len(rotary.cos)} angles came for {needed}")
         slots, starts = ((_INT32 * batch)(*numbers) for numbers in (rows.slots, rows.starts))
         every = want == "every"
         vocabulary = self._struct.vocabulary
@@ -254,7 +256,7 @@ class Decoder:
             self._layers, *sizes, len(w.embeddings), w.norm.data_ptr(), *head, _table(w.embeddings), w.eps, int(exact)
         )
 
-    def _check_rows(self, rows: Rows, batch: int, longest: int) -> None:
+    def _check_rows(self, rows: Rows, batch: int, count: int) -> None:
         keys, _, *scales = rows.layers[0]
         w = self.weights
         shape = (w.kv_heads, keys.shape[2], w.head_dim)
@@ -263,8 +265,13 @@ class Decoder:
         if not fits or keys.dtype not in CACHES or keys.device.type != "cpu" or not keys.is_contiguous():
             found = f"{len(rows.layers)} layers of a cache {list(keys.shape)} of {keys.dtype} on {keys.device}"
             raise KernelError(f"{found} came for {len(w.layers)} of {list(shape)} a slot")
+        if not batch or not count:
+            raise KernelError(f"a step of {batch} rows of {count} tokens computes nothing")
+        longest = max(rows.starts, default=0) + count
         if len(rows.slots) != batch or len(rows.starts) != batch or longest > keys.shape[2]:
             raise KernelError(f"{len(rows.slots)} rows up to {longest} came for {batch}, of {keys.shape[2]} at most")
+        if min(rows.starts) < 0 or not 0 <= min(rows.slots) <= max(rows.slots) < len(keys):
+            raise KernelError(f"starts {list(rows.starts)} in slots {list(rows.slots)} came for {len(keys)} slots")
 
     def _room(self, batch: int, count: int, longest: int) -> int:
         """The address of enough memory for such a step."""
@@ -276,6 +283,7 @@ class Decoder:
     def _cache_of(self, layers: Sequence[tuple[Tensor, ...]]) -> _Cache:
         """The structure of a cache, kept for the next step of the same one."""
         if self._cache is None or self._cache[0] is not layers:
+            _check_same(layers)
             pointers = [
                 (_POINTER * len(layers))(*(part.data_ptr() for part in parts)) for parts in zip(*layers, strict=True)
             ]
@@ -298,7 +306,8 @@ def attention(q: Tensor, rows: Rows, *, window: int | None = None) -> Tensor:
     out = torch.empty_like(q)
     addresses = [part.data_ptr() for part in (keys, values, *scales)]
     addresses += [None] * (4 - len(addresses))
-    _library().tc_attention(ctypes.addressof(shape), q.data_ptr(), *addresses, out.data_ptr())
+    failed = _library().tc_attention(ctypes.addressof(shape), q.data_ptr(), *addresses, out.data_ptr())
+    cpu.check_memory(failed, f"attention of {batch * count} tokens")
     return out
 
 
@@ -339,6 +348,17 @@ def _check(w: Weights) -> None:
     for table in tables:
         if table.dtype not in SCALES or not table.is_contiguous() or table.device.type != "cpu":
             raise KernelError(f"a table {list(table.shape)} of {table.dtype} on {table.device} cannot be read")
+
+
+def _check_same(layers: Sequence[tuple[Tensor, ...]]) -> None:
+    """Raise KernelError for layers of a cache that are not as the first is."""
+
+    def form(layer: tuple[Tensor, ...]) -> list[object]:
+        return [(list(part.shape), part.dtype, part.device.type, part.is_contiguous()) for part in layer]
+
+    for number, layer in enumerate(layers):
+        if form(layer) != [form(layers[0][:1])[0]] * 2 + form(layers[0])[2:]:
+            raise KernelError(f"layer {number} of a cache holds {form(layer)}, unlike the first")
 
 
 def _layer(layer: Layer) -> _Layer:

@@ -313,35 +313,6 @@ def test_angles_of_each_token(isa: str):
     assert torch.equal(torch.as_tensor(out), run(case, ids))
 
 
-def test_norm(isa: str):
-    x, add, weight = (random(*shape, seed=i) for i, shape in enumerate(((3, 272), (3, 272), (272,))))
-    total, out = cpu_decoder.norm(x * 100, weight, 1e-5, add)
-    wide = (x * 100 + add).double()
-    assert torch.equal(total, x * 100 + add)
-    assert relative(out, wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * weight) < 3e-7
-
-
-def test_norm_of_nothing_and_of_huge_values(isa: str):
-    weight = torch.ones(64)
-    assert not cpu_decoder.norm(torch.zeros(1, 64), weight, 1e-6)[1].any()
-    assert relative(cpu_decoder.norm(torch.full((1, 64), 1e15), weight, 1e-6)[1], torch.ones(1, 64)) < 1e-6
-
-
-def test_swiglu(isa: str):
-    x = torch.cat([torch.linspace(-200, 200, 640)[None], random(1, 640, seed=0) * 3], 1)
-    gate, up = x.double().chunk(2, 1)
-    expected_values = torch.nn.functional.silu(gate) * up
-    assert torch.allclose(cpu_decoder.swiglu(x).double(), expected_values, rtol=1e-5, atol=1e-30)
-
-
-@pytest.mark.parametrize("dim", [16, 32, 48, 64, 80, 112, 128, 256])
-def test_rotate(isa: str, dim: int):
-    x, angle = random(5, dim, seed=0), random(5, dim // 2, seed=1).double()
-    left, right = x.double().chunk(2, 1)
-    exact = torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), 1)
-    assert relative(cpu_decoder.rotate(x, angle.cos().float(), angle.sin().float()), exact) < 2e-7
-
-
 def test_profile_counts_every_stage():
     decoder = Decoder(make().weights)
     rows = Rows(storage(), [0], [0])
@@ -377,9 +348,27 @@ def test_rows_that_do_not_fit():
         (Rows([(k[..., :16], v[..., :16]) for k, v in layers], [0, 1], [0, 0]), "came for 2 of"),
         (Rows([layer[:2] for layer in storage(2, dtype=torch.int8)], [0, 1], [0, 0]), "of torch.int8 on cpu came"),
         (Rows([(*layer, *layer) for layer in layers], [0, 1], [0, 0]), "came for 2 of"),
+        (Rows([layers[0], (layers[1][0], layers[1][1][:1])], [0, 1], [0, 0]), "layer 1 of a cache holds .* unlike"),
+        (Rows(layers, [0, 2], [0, 0]), r"starts \[0, 0\] in slots \[0, 2\] came for 2 slots"),
+        (Rows(layers, [-1, 0], [0, 0]), r"in slots \[-1, 0\] came for 2 slots"),
+        (Rows(layers, [0, 1], [0, -1]), r"starts \[0, -1\] in slots"),
     ):
         with pytest.raises(KernelError, match=says):
             decoder.forward(ids, rows, rotary())
+
+
+def test_angles_that_are_too_few():
+    few = Rotary(rotary().cos[:8], rotary().sin[:8])
+    for tables in (few, dataclasses.replace(few, angles=torch.arange(9)[None])):
+        with pytest.raises(KernelError, match="8 angles came for 9"):
+            Decoder(make(layers=1).weights).forward(tokens(1, 9), Rows(storage(layers=1), [0], [0]), tables)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_rows_and_no_tokens(shape: tuple[int, int]):
+    rows = Rows(storage(2), range(shape[0]), [0] * shape[0])
+    with pytest.raises(KernelError, match=rf"a step of {shape[0]} rows of {shape[1]} tokens computes nothing"):
+        Decoder(make().weights).forward(tokens(*shape), rows, rotary())
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCABULARY])

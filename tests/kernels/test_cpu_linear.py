@@ -323,8 +323,12 @@ def test_memory_is_aligned_and_zero(size: int) -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     _, packed = layer(128, 16, 128)
-    with pytest.raises(KernelError, match=r"x has shape \[2, 64\], \[rows, 128\] is needed"):
+    with pytest.raises(KernelError, match=r"x has shape \[2, 64\] on cpu, \[rows, 128\] on cpu is needed"):
         cpu.linear(torch.zeros(2, 64), packed)
+    with pytest.raises(KernelError, match=r"x has shape \[2, 128\] on meta, \[rows, 128\] on cpu is needed"):
+        cpu.linear(torch.zeros(2, 128, device="meta"), packed)
+    with pytest.raises(KernelError, match=r"x has shape \[96\] on cpu, \[rows, inputs\] on cpu is needed"):
+        cpu.quantize(torch.zeros(96), 32)
     with pytest.raises(LayoutError, match="the weights have 4 bits, the spec says 8"):
         cpu.w4_linear(torch.zeros(2, 128), packed, QuantSpec(bits=8))
     with pytest.raises(KernelError, match="rows of 100 values are no multiple of groups of 32"):
@@ -336,6 +340,47 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     wide = odd._replace(scales=odd.scales.double())
     with pytest.raises(LayoutError, match=r"scales are torch.float64; the CPU kernels hold torch.float16, .*"):
         cpu.pack(wide._replace(qweight=wide.qweight[:64]), spec)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(3), torch.zeros(1, 16), torch.zeros(16, device="meta")])
+def test_a_bias_that_does_not_fit_is_refused(bias: torch.Tensor) -> None:
+    _, packed = layer(128, 16, 128)
+    with pytest.raises(KernelError, match=r"the bias is \[.*\] on (cpu|meta), \[16\] on cpu is needed"):
+        cpu.linear(torch.zeros(2, 128), packed, bias)
+
+
+@pytest.mark.parametrize("wrong", ["short", "long", "askew", "kind"])
+def test_memory_that_does_not_fit_is_refused(wrong: str) -> None:
+    words = from_logical(quantize(noise(16, 128), QuantSpec()), QuantSpec())
+    head = noise(16, 128)
+    for pack, bits, scale in (
+        (lambda memory: cpu.pack(words, QuantSpec(), memory), 4, words.scales.dtype),
+        (lambda memory: cpu.quantize_head(head, memory=memory), 8, torch.float16),
+    ):
+        size = cpu.packed_size(128, 16, 128, bits, scale)
+        room = cpu.empty(size + 64)
+        cases = {
+            "short": room[: size - 1],
+            "long": room,
+            "askew": room[1 : size + 1],
+            "kind": room[:size].view(torch.int8),
+        }
+        pack(room[:size])
+        with pytest.raises(LayoutError, match=f"came for {size} bytes aligned to 64"):
+            pack(cases[wrong])
+
+
+def test_too_little_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """A library whose calls find no memory."""
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *_: 1
+
+    _, packed = layer(128, 16, 128)
+    monkeypatch.setattr(cpu, "library", Full)
+    with pytest.raises(KernelError, match="there is no memory to compute 2 rows of 128 inputs"):
+        cpu.linear(torch.zeros(2, 128), packed)
 
 
 def test_unknown_and_missing_instructions_are_refused() -> None:

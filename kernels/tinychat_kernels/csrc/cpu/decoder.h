@@ -92,7 +92,7 @@ TINYCHAT_EXPORT size_t tc_step_memory(const tc_decoder* decoder, int64_t rows, i
 
 TINYCHAT_EXPORT void tc_forward(const tc_decoder* decoder, const tc_cache* cache, const tc_step* step);
 
-// Attention alone. q and y [rows, count, heads, head_dim]; keys and values as in tc_cache.
+// Attention alone. q and y [rows, count, heads, head_dim]; keys and values as in tc_cache. Returns as tc_linear does.
 typedef struct tc_attention_shape {
     const int32_t* slots;
     const int32_t* starts;
@@ -107,8 +107,8 @@ typedef struct tc_attention_shape {
     int32_t kind;
 } tc_attention_shape;
 
-TINYCHAT_EXPORT void tc_attention(const tc_attention_shape* shape, const float* q, const void* keys,
-                                  const void* values, const float* key_scales, const float* value_scales, float* y);
+TINYCHAT_EXPORT int tc_attention(const tc_attention_shape* shape, const float* q, const void* keys,
+                                 const void* values, const float* key_scales, const float* value_scales, float* y);
 
 // For each of `rows` rows of n numbers, on the calling thread. norm: x += add unless NULL, y = x / rms(x) * weight;
 // swiglu: x [rows, 2n] is gate and up; rotate: x is turned in place by cos and sin [rows, n/2].

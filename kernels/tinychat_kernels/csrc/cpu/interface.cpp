@@ -20,14 +20,15 @@ struct Freed {
     void operator()(void* memory) const { std::free(memory); }
 };
 
-// Memory of the calling thread for rounded rows: it outlives the call.
+// Memory of the calling thread for rounded rows: it outlives the call. NULL where there is none.
 void* rows_memory(size_t bytes) {
     thread_local std::unique_ptr<void, Freed> memory;
     thread_local size_t size = 0;
     if (bytes > size) {
+        const size_t wanted = (bytes + kAlignment - 1) / kAlignment * kAlignment;
         memory.reset();
-        size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-        memory.reset(std::aligned_alloc(kAlignment, size));
+        memory.reset(std::aligned_alloc(kAlignment, wanted));
+        size = memory == nullptr ? 0 : wanted;
     }
     return memory.get();
 }
@@ -82,28 +83,35 @@ void tc_pack_w8(const tc_weights* w, const int8_t* values, const void* scales, v
     run([&](Team& team) { pack_w8(team, *w, values, scales, blocks); }, w->inputs * w->outputs);
 }
 
-void tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy,
-               const float* bias, int exact) {
+int tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy,
+              const float* bias, int exact) {
     const int64_t work = rows * w->inputs * w->outputs;
     if (exact != 0) {
         run([&](Team& team) { linear_exact(team, *w, x, ldx, rows, y, ldy, bias); }, work);
-        return;
+        return 0;
     }
-    const Quantized rounded =
-        quantized_at(rows_memory(quantized_size(rows, w->inputs, w->group)), rows, w->inputs, w->group);
+    const size_t size = quantized_size(rows, w->inputs, w->group);
+    void* memory = rows_memory(size);
+    if (size != 0 && memory == nullptr) return 1;
+    const Quantized rounded = quantized_at(memory, rows, w->inputs, w->group);
     run([&](Team& team) {
         quantize(team, x, ldx, rows, w->inputs, w->group, rounded);
         team.barrier();
         linear(team, *w, rounded, rows, y, ldy, bias);
     }, work);
+    return 0;
 }
 
-void tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values, float* scales) {
-    const Quantized rounded = quantized_at(rows_memory(quantized_size(rows, inputs, group)), rows, inputs, group);
+int tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values, float* scales) {
+    const size_t size = quantized_size(rows, inputs, group);
+    void* memory = rows_memory(size);
+    if (size != 0 && memory == nullptr) return 1;
+    const Quantized rounded = quantized_at(memory, rows, inputs, group);
     run([&](Team& team) { quantize(team, x, inputs, rows, inputs, group, rounded); }, rows * inputs);
     for (int64_t row = 0; row < rows; ++row)
         std::memcpy(values + row * inputs, rounded.values + row * rounded.stride, static_cast<size_t>(inputs));
     std::memcpy(scales, rounded.scales, static_cast<size_t>(rows * rounded.groups) * sizeof(float));
+    return 0;
 }
 
 }  // extern "C"

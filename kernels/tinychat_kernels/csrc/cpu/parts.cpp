@@ -20,11 +20,12 @@ struct Freed {
 
 extern "C" {
 
-void tc_attention(const tc_attention_shape* s, const float* q, const void* keys, const void* values,
-                  const float* key_scales, const float* value_scales, float* y) {
+int tc_attention(const tc_attention_shape* s, const float* q, const void* keys, const void* values,
+                 const float* key_scales, const float* value_scales, float* y) {
     const int64_t longest = *std::max_element(s->starts, s->starts + s->rows) + s->count;
     const size_t bytes = attention_memory(s->rows, s->count, s->heads, s->kv_heads, s->head_dim, longest);
-    const std::unique_ptr<void, Freed> memory(std::aligned_alloc(64, bytes + 64));
+    const std::unique_ptr<void, Freed> memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64));
+    if (memory == nullptr) return 1;
     Attention a;
     a.q = q;
     a.y = y;
@@ -46,6 +47,7 @@ void tc_attention(const tc_attention_shape* s, const float* q, const void* keys,
     a.kind = Kind(s->kind);
     a.memory = memory.get();
     run([&](Team& team) { attention(team, a); });
+    return 0;
 }
 
 void tc_norm(float* x, const float* add, const float* weight, float eps, int64_t rows, int64_t n, float* y) {

@@ -38,10 +38,12 @@ struct ThreadMemory {
 
     void* at_least(size_t bytes) {
         if (bytes > size) {
+            const size_t wanted = (bytes + kAlignment - 1) / kAlignment * kAlignment;
             memory.reset();
-            size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-            memory.reset(std::aligned_alloc(kAlignment, size));
+            size = 0;
+            memory.reset(std::aligned_alloc(kAlignment, wanted));
             if (memory == nullptr) throw std::bad_alloc();
+            size = wanted;
         }
         return memory.get();
     }

@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 // Raised when a signature or a layout below changes: Python refuses a library of another number.
-#define TC_ABI 2
+#define TC_ABI 3
 
 enum tc_scale { TC_F16 = 0, TC_BF16 = 1, TC_F32 = 2, TC_I8 = 3 };  // TC_I8: keys and values alone
 
@@ -56,13 +56,13 @@ TINYCHAT_EXPORT void tc_pack_w4(const tc_weights* w, const int32_t* qweight, con
 TINYCHAT_EXPORT void tc_pack_w8(const tc_weights* w, const int8_t* values, const void* scales, void* blocks);
 
 // y [rows, outputs] = x [rows, inputs] times the weights, + bias [outputs] unless NULL. exact: x stays float32; else
-// it is rounded to int8 by row and group. y's rows are ldy apart, x's ldx.
-TINYCHAT_EXPORT void tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy,
-                               const float* bias, int exact);
+// it is rounded to int8 by row and group. y's rows are ldy apart, x's ldx. Returns 0, or 1 without memory for that.
+TINYCHAT_EXPORT int tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy,
+                              const float* bias, int exact);
 
-// What tc_linear rounds x to: values int8 [rows, inputs], scales [rows, groups].
-TINYCHAT_EXPORT void tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values,
-                                 float* scales);
+// What tc_linear rounds x to: values int8 [rows, inputs], scales [rows, groups]. Returns as tc_linear does.
+TINYCHAT_EXPORT int tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values,
+                                float* scales);
 
 // To compare kernels with: the sum of `size` bytes by words of 8, read by all threads; and as many int8 products as the
 // registers take, `rounds` times: their number.
