@@ -83,29 +83,16 @@ inline TINYCHAT_INLINE void multiply_block(const uint8_t* weights, const int8_t*
     });
 }
 
+constexpr int kProducts = 2 * kQuarter;  // of an instruction
+
+inline TINYCHAT_INLINE int32x4_t product(int32x4_t sum, int8x16_t x) { return vmmlaq_s32(sum, x, x); }
+
 }  // namespace
 }  // namespace tinychat
 
 #include "linear_neon_tile.h"
 
 namespace tinychat {
-namespace {
-
-int64_t products(int64_t rounds) {
-    constexpr int kSums = 16;
-    int32x4_t sums[kSums];
-    unrolled<kSums>([&](auto n) TINYCHAT_INLINE { sums[n] = vdupq_n_s32(0); });
-    int8x16_t ones = vdupq_n_s8(1);
-    for (int64_t i = 0; i < rounds; ++i)
-        unrolled<kSums>([&](auto n) TINYCHAT_INLINE {
-            asm volatile("" : "+w"(ones));  // so that no product is computed once for all
-            sums[n] = vmmlaq_s32(sums[n], ones, ones);
-        });
-    unrolled<kSums>([&](auto n) TINYCHAT_INLINE { asm volatile("" ::"w"(sums[n])); });
-    return rounds * kSums * 2 * kQuarter;
-}
-
-}  // namespace
 
 const LinearKernels kLinearI8mm = {quantize, stream<4>, stream<8>, unpack4,  unpack8,
                                    multiply, multiply,  exact<4>,  exact<8>, products};

@@ -1,4 +1,5 @@
-// Rows times a panel, by the multiply_block of linear_dotprod.cpp or linear_i8mm.cpp that stands before it.
+// Rows times a panel, and what to measure, by the multiply_block and the product of linear_dotprod.cpp or
+// linear_i8mm.cpp that stand before it.
 
 namespace tinychat {
 namespace {
@@ -24,6 +25,20 @@ void multiply(const Panel& panel, int64_t first, int64_t count, const Quantized&
     for (; r + kTileRows <= rows; r += kTileRows)
         multiply_tile<kTileRows>(panel, first, count, x, row + r, sums + r * kPanelColumns);
     for (; r < rows; ++r) multiply_tile<1>(panel, first, count, x, row + r, sums + r * kPanelColumns);
+}
+
+int64_t products(int64_t rounds) {
+    constexpr int kSums = 16;
+    int32x4_t sums[kSums];
+    unrolled<kSums>([&](auto n) TINYCHAT_INLINE { sums[n] = vdupq_n_s32(0); });
+    int8x16_t ones = vdupq_n_s8(1);
+    for (int64_t i = 0; i < rounds; ++i)
+        unrolled<kSums>([&](auto n) TINYCHAT_INLINE {
+            asm volatile("" : "+w"(ones));  // so that no product is computed once for all
+            sums[n] = product(sums[n], ones);
+        });
+    unrolled<kSums>([&](auto n) TINYCHAT_INLINE { asm volatile("" ::"w"(sums[n])); });
+    return rounds * kSums * kProducts;
 }
 
 }  // namespace
