@@ -66,6 +66,7 @@ void stream(const Blocks& w, int64_t block, const Quantized& x, int64_t row, int
     }
 }
 
+// Input by input, 16 outputs side by side: the compiler takes them together with whatever registers there are.
 template <int kBits>
 void unpack(const Blocks& w, int64_t block, int64_t first, int64_t count, int b, const Panel& panel) {
     for (int64_t g = 0; g < count; ++g) {
@@ -80,7 +81,7 @@ void unpack(const Blocks& w, int64_t block, int64_t first, int64_t count, int b,
         for (int lane = 0; lane < kLanes; ++lane) {
             for (int64_t quad = 0; quad < panel.quads; ++quad)
                 for (int i = 0; i < 4; ++i)
-                    to[quad * kLine + 4 * lane + i] =
+                    to[(4 * quad + i) * kLanes + lane] =
                         static_cast<uint8_t>(weight<kBits>(at + w.header, quad, lane, i));
             panel.scales_of(g, b)[lane] = scale_of(at, w.scale, lane);
             panel.zeros_of(g, b)[lane] = -zero_of<kBits>(at, lane);
@@ -88,24 +89,57 @@ void unpack(const Blocks& w, int64_t block, int64_t first, int64_t count, int b,
     }
 }
 
-void multiply(const Panel& panel, int64_t first, int64_t count, const Quantized& x, int64_t row, int64_t rows,
-              float* sums) {
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t g = 0; g < count; ++g) {
-            const int8_t* values = x.values + (row + r) * x.stride + (first + g) * panel.quads * 4;
-            const float scale = x.scales[(row + r) * x.groups + first + g];
-            const int32_t sum = x.sums[(row + r) * x.groups + first + g];
-            for (int column = 0; column < kPanelColumns; ++column) {
-                const int b = column / kLanes, lane = column % kLanes;
-                int32_t dot = panel.zeros_of(g, b)[lane] * sum;
-                for (int64_t quad = 0; quad < panel.quads; ++quad)
-                    for (int i = 0; i < 4; ++i)
-                        dot += panel.part(g, b)[quad * kLine + 4 * lane + i] * values[4 * quad + i];
-                float& to = sums[r * kPanelColumns + column];
-                to = std::fma(panel.scales_of(g, b)[lane] * scale, static_cast<float>(dot), to);
+// As the compiler has them on every machine, in one register or several.
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+// dots [kRows, 16] = kRows rows of int8 times [inputs, 16] weights. 16 bits hold the sum of 16 products of 4-bit
+// weights, and one of 8-bit ones.
+template <int kBits, int kRows>
+void dots_of(const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t stride, int32_t (*dots)[kLanes]) {
+    constexpr int64_t kRun = kBits == 4 ? 16 : 1;
+    Ints sums[kRows] = {};
+    for (int64_t first = 0; first < inputs; first += kRun) {
+        Shorts part[kRows] = {};
+        for (int64_t k = first; k < first + kRun; ++k) {
+            Bytes bytes;
+            std::memcpy(&bytes, weights + k * kLanes, sizeof bytes);
+            const Shorts wide = __builtin_convertvector(bytes, Shorts);
+            for (int r = 0; r < kRows; ++r) part[r] += wide * static_cast<int16_t>(x[r * stride + k]);
+        }
+        for (int r = 0; r < kRows; ++r) sums[r] += __builtin_convertvector(part[r], Ints);
+    }
+    std::memcpy(dots, sums, sizeof sums);
+}
+
+template <int kBits, int kRows>
+void multiply_rows(const Panel& panel, int64_t first, int64_t count, const Quantized& x, int64_t row, float* sums) {
+    const int64_t inputs = panel.quads * 4;
+    int32_t dots[kRows][kLanes];
+    for (int64_t g = 0; g < count; ++g) {
+        for (int b = 0; b < kPanelBlocks; ++b) {
+            dots_of<kBits, kRows>(panel.part(g, b), inputs, x.values + row * x.stride + (first + g) * inputs, x.stride,
+                                  dots);
+            for (int r = 0; r < kRows; ++r) {
+                const float scale = x.scales[(row + r) * x.groups + first + g];
+                const int32_t sum = x.sums[(row + r) * x.groups + first + g];
+                float* to = sums + r * kPanelColumns + b * kLanes;
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    const int32_t dot = dots[r][lane] + panel.zeros_of(g, b)[lane] * sum;
+                    to[lane] = std::fma(panel.scales_of(g, b)[lane] * scale, static_cast<float>(dot), to[lane]);
+                }
             }
         }
     }
+}
+
+template <int kBits>
+void multiply(const Panel& panel, int64_t first, int64_t count, const Quantized& x, int64_t row, int64_t rows,
+              float* sums) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) multiply_rows<kBits, 4>(panel, first, count, x, row + r, sums + r * kPanelColumns);
+    for (; r < rows; ++r) multiply_rows<kBits, 1>(panel, first, count, x, row + r, sums + r * kPanelColumns);
 }
 
 // The order of the sum is that of the vector paths: input i of a group into partial sum i % 4.
@@ -145,6 +179,6 @@ int64_t products(int64_t rounds) {
 }  // namespace
 
 const LinearKernels kLinearGeneric = {quantize, stream<4>, stream<8>, unpack<4>, unpack<8>,
-                                      multiply, multiply,  exact<4>,  exact<8>,  products};
+                                      multiply<4>, multiply<8>, exact<4>, exact<8>, products};
 
 }  // namespace tinychat
