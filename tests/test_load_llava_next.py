@@ -119,6 +119,17 @@ def test_new_names_and_those_of_transformers_own_saving_load(folder: Path, tmp_p
     same_tensors(tmp_path / "vila", expected)
 
 
+def test_a_processor_that_transformers_saved_gives_the_same(folder: Path, tmp_path: Path, ready: Any) -> None:
+    """transformers 5 keeps the image processor inside the processor's file."""
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").is_file()
+    processor = Processor.from_folder(tmp_path, read_config(folder))
+    prompt = processor(ask(picture(300, 600), "what?"))
+    assert prompt == ready[1](ask(picture(300, 600), "what?"))
+    mine, other = (one.pixels(prompt, [0]).pixels[0] for one in (processor, ready[1]))
+    assert torch.equal(mine, other)
+
+
 def same_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     found = load_model(folder, dtype="float32", device="cpu").state_dict()
     assert found.keys() == expected.keys() and "image_newline" in found
