@@ -28,16 +28,19 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(str(self.path).encode(), params)
         if not self.model:
             raise RuntimeError(f"{self.path} was not loaded")
-        context = llama_cpp.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = setup.context, 4 * BATCH, BATCH
-        context.n_threads = context.n_threads_batch = setup.threads
-        if (flash := setup.options.get("flash")) is not None:
-            context.flash_attn_type = int(flash)
-        self.context = llama_cpp.llama_init_from_model(self.model, context)
+        self.context = llama_cpp.llama_init_from_model(self.model, self._context_params())
         if not self.context:
             raise RuntimeError("no context was made")
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.filled = 0
+
+    def _context_params(self) -> Any:
+        params, setup = self.lib.llama_context_default_params(), self.setup
+        params.n_ctx, params.n_batch, params.n_ubatch = setup.context, 4 * BATCH, BATCH
+        params.n_threads = params.n_threads_batch = setup.threads
+        if (flash := setup.options.get("flash")) is not None:
+            params.flash_attn_type = int(flash)
+        return params
 
     def facts(self) -> Facts:
         system = self.lib.llama_print_system_info().decode()
