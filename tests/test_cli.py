@@ -55,7 +55,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = Engine()
     fake.flags = None  # type: ignore[attr-defined]
 
-    def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1) -> cli.Loaded:
+    def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: bool = False) -> cli.Loaded:
         fake.flags = flags  # type: ignore[attr-defined]
         model = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), modules=list)
         return cli.Loaded(model, FakeProcessor(), fake)  # type: ignore[arg-type]
@@ -358,6 +358,32 @@ def test_an_unknown_backend_is_a_wrong_call(run: Run, tmp_path: Path, monkeypatc
     remedy = "set TINYCHAT_BACKEND to one of them, or to nothing"
     assert (code, out) == (2, "")
     assert err == f"error: there is no backend 'warp\\x1b'; known are {known}; {remedy}\n"
+
+
+def test_a_fallback_is_one_line_beside_the_answer(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    packed = str(make_tiny_model(tmp_path, "text", quantize=32))
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    monkeypatch.setattr(cpu, "available", lambda: (False, "no C++ compiler was found"))
+    flags = ("-m", packed, "--device", "cpu", "--max-new-tokens", "2")
+    code, out, err = run("ask", "hi", "--json", *flags)
+    assert code == 0 and json.loads(out)["usage"]["completion_tokens"] == 2
+    assert err.startswith("4-bit layers run in plain torch, which is slow (cpu is off: no C++ compiler was found); ")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    assert run("ask", "hi", "--json", *flags)[2] == ""
+
+
+def test_an_option_that_does_nothing_is_a_wrong_call(run: Run, model: str):
+    for option in (["--exact"], ["--head", "int8"], ["--tower", "int8"]):
+        code, out, err = run("ask", "hi", "-m", model, *option)
+        sentence = f"error: {' '.join(option)} cannot do anything: the model has no 4-bit layers; leave it out\n"
+        assert (code, out, err) == (2, "", sentence)
+    assert run("ask", "hi", "-m", model, "--head", "float", "--max-new-tokens", "2")[0] == 0
+
+
+def test_threads_have_a_most(run: Run):
+    code, _, err = run("ask", "hi", "--threads", "2000")
+    assert code == 2 and "--threads is 2000, it must be less than or equal to 1024; " in err
 
 
 def test_wrong_instructions_are_a_wrong_call(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -256,6 +256,72 @@ def raises_build_error() -> list[str]:
     raise BuildError("no C++ compiler was found")
 
 
+# What the user is told
+
+
+def notes(folder: Path, **placed: Any) -> tuple[str, ...]:
+    return load_folder(folder, Placement(device="cpu", **placed)).notes
+
+
+def test_falling_back_is_said_with_a_remedy_unless_it_was_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    assert notes(folder) == ()
+    monkeypatch.setattr(cpu, "available", lambda: (False, "no C++ compiler was found"))
+    sentence = "4-bit layers run in plain torch, which is slow (cpu is off: no C++ compiler was found); "
+    assert notes(folder) == (f"{sentence}install a C++ compiler, or give --dequantize",)
+    assert notes(folder, dequantize=True) == ()
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    assert notes(folder) == ()
+
+
+def test_a_float_model_falls_back_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "available", lambda: (False, "no C++ compiler was found"))
+    assert notes(make_tiny_model(tmp_path / "model", "text")) == ()
+
+
+def test_more_threads_than_cores_are_said(folder: Path):
+    cores = cpu.usable_cores()
+    assert notes(folder, threads=cores) == ()
+    wanted = f"{cores + 1} threads on {cores} cores wait for each other: --threads {cores} is faster"
+    assert notes(folder, threads=cores + 1) == (wanted,)
+    cpu.set_threads(0)
+
+
+def test_a_cache_that_cannot_be_written_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(packing, "KEPT_FROM", 0)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/packed").touch()
+    kept = f"the packed weights cannot be kept in {tmp_path}/cache/packed, so every start packs them; see"
+    assert [note.startswith(kept) for note in notes(folder)] == [True]
+    (tmp_path / "cache/packed").unlink()
+    assert notes(folder) == notes(folder) == ()
+
+
+@pytest.mark.parametrize(
+    ("option", "placed", "why"),
+    [
+        ("--exact", {"exact": True, "dequantize": True}, "--dequantize takes them as floats"),
+        ("--head int8", {"dequantize": True}, "--dequantize takes them as floats"),
+        ("--tower int8", {"dequantize": True}, "--dequantize takes them as floats"),
+        ("--tower int8", {"exact": True}, "--exact keeps the tower's floats"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(folder: Path, option: str, placed: dict[str, Any], why: str):
+    with pytest.raises(UsageError, match=f"{option} cannot do anything: {why}; leave it out"):
+        notes(folder, asked=frozenset([option]), **placed)
+    notes(folder, asked=frozenset(["--exact", "--head int8"]), exact=True)
+    notes(folder, asked=frozenset(["--head int8", "--tower int8"]))
+
+
+def test_options_of_4_bit_models_are_refused_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    floats = make_tiny_model(tmp_path / "floats", "text")
+    for option in ("--exact", "--head int8", "--tower int8"):
+        with pytest.raises(UsageError, match=f"{option} cannot do anything: the model has no 4-bit layers; leave it"):
+            notes(floats, asked=frozenset([option]))
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    with pytest.raises(UsageError, match="--exact cannot do anything: TINYCHAT_BACKEND asks for ref; leave it out"):
+        notes(folder, asked=frozenset(["--exact"]), exact=True)
+
+
 def test_progress_counts_tensors_and_then_linears(folder: Path):
     seen: list[tuple[int, int]] = []
     assemble(open_source(folder), Placement(device="cpu"), lambda step: seen.append((step.done, step.total)))

@@ -185,7 +185,7 @@ def evaluate(flags: EvalFlags, model: ModelFlags) -> int:
         wanted = replace(model, model=name, revision=model.revision if name == named else None)
         if floats is not None and model.device_map is None:
             wanted = replace(wanted, dtype=model.dtype or floats, dequantize=True)
-        return open_model(wanted).engine
+        return open_model(wanted, for_all=True).engine
 
     end = evaluating.perform(evaluating.job_of(flags, named, model.revision), opened, _note)
     if flags.json:
@@ -240,10 +240,11 @@ def doctor(flags: DoctorFlags) -> int:
     return int(flags.kernels and not all(one["right"] for one in found["kernels"]["results"]))
 
 
-def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1) -> Loaded:
-    """Find the model, check it against the memory, and load it; progress goes to a terminal on stderr.
+def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: bool = False) -> Loaded:
+    """Find the model, check it against the memory, and load it; progress goes to a terminal on stderr, and notes.
 
-    `rows` requests are answered together, each with a context of its own.
+    `rows` requests are answered together, each with a context of its own. Flags that are `for_all` models of a verb
+    may have nothing to do in one of them; else they are refused there.
 
     Raises UsageError, ModelError, FormatError or CapacityError, and all but the last weights' own before the loading.
     """
@@ -252,7 +253,7 @@ def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1) -> Loaded:
     from tinychat import load
     from tinychat.engine.engine import Engine
 
-    placement = _placement(flags)
+    placement = _placement(flags, frozenset() if for_all else flags.asked)
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     folder = load.resolve(flags.model, flags.revision)
@@ -263,20 +264,22 @@ def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1) -> Loaded:
             progress=report,
         )  # fmt: skip
     load_s = time.perf_counter() - started
+    for note in ready.notes:
+        _note(note)
     options = {"context": ready.context, "chunk": flags.chunk, "rows": rows}
     engine = Engine(ready.model, ready.processor, load_s=load_s, **options)
     return Loaded(ready.model, ready.processor, engine)
 
 
-def _placement(flags: ModelFlags) -> Placement:
+def _placement(flags: ModelFlags, asked: frozenset[str]) -> Placement:
     """The flags in the loader's words; raises UsageError for a device that is not here."""
     from tinychat.load import Placement
 
     device = _checked_device(flags.device)
     return Placement(
         dtype=flags.dtype, device=device, device_map=flags.device_map, max_memory=parse_max_memory(flags.max_memory),
-        dequantize=flags.dequantize, exact=flags.exact, head=flags.head, tower=flags.tower,
-        threads=flags.threads, kv_cache_dtype=flags.kv_cache_dtype,
+        dequantize=flags.dequantize, exact=flags.exact, head=flags.head or "int8", tower=flags.tower or "int8",
+        threads=flags.threads, kv_cache_dtype=flags.kv_cache_dtype, asked=asked,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from tinychat.core import SamplingParams, StoppingParams
 from tinychat.errors import UsageError
 
 SIZE = re.compile(r"\d+(\.\d+)?(GiB|MiB|KiB|GB|MB|KB)", re.IGNORECASE)
+MOST_THREADS = 1024  # that the CPU kernels take
 VERBOSE = "verbose"  # the key in the root context's obj
 
 
@@ -63,17 +64,31 @@ class ModelFlags:
     exact: Annotated[
         bool, typer.Option("--exact", help="Keep activations in 32 bits where 4-bit layers run on a CPU: slower.")
     ] = False
-    head: Annotated[str, typer.Option(help="A 16-bit head of a 4-bit model: int8, or float to keep it.")] = "int8"
+    head: Annotated[
+        str | None,
+        typer.Option(help="A 16-bit head of a 4-bit model: int8, or float to keep it.", show_default="int8"),
+    ] = None
     tower: Annotated[
-        str, typer.Option(help="A 16-bit vision tower of a 4-bit model on a CPU: int8, or float to keep it.")
-    ] = "int8"
+        str | None,
+        typer.Option(
+            help="A 16-bit vision tower of a 4-bit model on a CPU: int8, or float to keep it.", show_default="int8"
+        ),
+    ] = None
     kv_cache_dtype: Annotated[
         str, typer.Option(help="Keys and values in memory: int8, half as large as auto's 16 bits, or float.")
     ] = "auto"
     template: Annotated[
         str | None, typer.Option(help="Chat template by name, such as vicuna_v1.", show_default="the checkpoint's")
     ] = None
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1, show_default="one a core")] = None
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", min=1, max=MOST_THREADS, show_default="one a core")
+    ] = None
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """The options that were given and round or keep something: each has to have something to do."""
+        given = {"--exact": self.exact, "--head int8": self.head == "int8", "--tower int8": self.tower == "int8"}
+        return frozenset(option for option, is_given in given.items() if is_given)
 
 
 CHECKPOINT_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")

@@ -18,7 +18,7 @@ from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
 from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
 from tinychat.int8_tower import int8_linears, swap_int8
-from tinychat.packing import Packing, fill, packing_of, prepare_tower, waits_for_compiler
+from tinychat.packing import Note, Packing, fill, notes_of, packing_of, prepare_tower, waits_for_compiler
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
@@ -95,11 +95,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A model, its processor, and the tokens of context that memory was found for."""
+    """A model, its processor, the tokens of context that memory was found for, and what the user should know of it."""
 
     model: VilaLlamaForCausalLM
     processor: Processor
     context: int
+    notes: tuple[str, ...] = ()
 
 
 def load_folder(
@@ -119,9 +120,11 @@ def load_folder(
     tokens = choose_context(source.config, context)
     if progress is not None and waits_for_compiler(source, placement):
         progress(Progress("", "compile", 0, 1))
+    notes = notes_of(source, placement)
     plan(source, tokens, placement, chunk, rows)
     processor = Processor.from_folder(source.folder, source.config, template)
-    return Ready(assemble(source, placement, progress), processor, tokens)
+    model = assemble(source, placement, progress, notes.append)
+    return Ready(model, processor, tokens, tuple(notes))
 
 
 def choose_context(config: VilaConfig, asked: int | None) -> int:
@@ -163,8 +166,13 @@ def open_parts(folder: Path, config: VilaConfig) -> Index:
     return checkpoint.open_model(folder, config.layout, tower)
 
 
-def assemble(source: Source, placement: Placement, progress: Report | None = None) -> VilaLlamaForCausalLM:
-    """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time."""
+def assemble(
+    source: Source, placement: Placement, progress: Report | None = None, note: Note | None = None
+) -> VilaLlamaForCausalLM:
+    """An opened folder becomes a model: structure on the meta device, then the weights, one tensor at a time.
+
+    `note` is told what could not be done that makes the next start slower.
+    """
     packing, for_cuda = packing_of(source, placement), cuda_packing.applies(source, placement)
     device, dtype = placement.main_device, _dtype_of(source, placement, packing)
     model = empty_model(source.config, dtype, source.spec, frozenset(packed_linears(source.index)), source.int8)
@@ -175,7 +183,7 @@ def assemble(source: Source, placement: Placement, progress: Report | None = Non
     other = {"skipped": packing.skipped, "stored": packing.stored} if packing else {}
     checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, loading, **other)
     if packing:
-        fill(model, source, packing, dtype, preparing)
+        fill(model, source, packing, dtype, preparing, note)
     if for_cuda:
         cuda_packing.prepare(model, source, placement)
     if source.int8 and not placement.dequantize:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinychat import packed_cache, packed_tower
 from tinychat.checkpoint import Index
+from tinychat.errors import UsageError
 from tinychat.packed_cache import Place
 from tinychat.repack import Computed, packed_linears
 from tinychat_kernels import registry
@@ -31,6 +32,7 @@ LAYERS, HEAD, EMBEDDINGS = "llm.model.layers.", "llm.lm_head", "llm.model.embed_
 SIDE_BY_SIDE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEPT_FROM = 64 * 2**20  # bytes from which on reading packed weights is quicker than packing them
 Report = Callable[[int, int], None]
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,46 @@ def waits_for_compiler(source: Source, placement: Placement) -> bool:
     return wanted and build.waits_for_compiler(cpu.cache_folder())
 
 
+def notes_of(source: Source, placement: Placement) -> list[str]:
+    """What the user should know of a model that is placed like this: why it falls back to ref, odd threads.
+
+    Raises UsageError for an option of `placement.asked` that cannot do anything.
+    """
+    for option in sorted(placement.asked):
+        if (why := _idle(option, source, placement)) is not None:
+            raise UsageError(f"{option} cannot do anything: {why}", "leave it out")
+    if source.spec is None or placement.dequantize:
+        return []
+    device = placement.main_device.type
+    if (why := registry.fallback(device)) is not None:
+        remedy = "install a C++ compiler, or give --dequantize" if device == "cpu" else "see `tinychat doctor`"
+        return [f"4-bit layers run in plain torch, which is slow ({why}); {remedy}"]
+    return _odd_threads(placement.threads) if device == "cpu" and registry.chosen().name == "cpu" else []
+
+
+def _idle(option: str, source: Source, placement: Placement) -> str | None:
+    """Why an option does nothing to a model that is placed like this; None where it does."""
+    device = placement.main_device.type
+    for idle, why in (
+        (source.spec is None, "the model has no 4-bit layers"),
+        (placement.dequantize, "--dequantize takes them as floats"),
+        (registry.asked() == "ref", "TINYCHAT_BACKEND asks for ref"),
+        (device != "cpu" and not option.startswith("--head"), f"the model is on {device}"),
+        (option.startswith("--tower") and placement.exact, "--exact keeps the tower's floats"),
+    ):
+        if idle:
+            return why
+    return None
+
+
+def _odd_threads(threads: int | None) -> list[str]:
+    from tinychat_kernels import cpu
+
+    if threads is None or threads <= (cores := cpu.usable_cores()):
+        return []
+    return [f"{threads} threads on {cores} cores wait for each other: --threads {cores} is faster"]
+
+
 def _may_pack(source: Source, placement: Placement) -> bool:
     """Whether the CPU kernels, where they run, have a part in a model that is placed like this."""
     return source.spec is not None and _on_cpu(placement) and not placement.dequantize
@@ -108,10 +150,17 @@ def _on_cpu(placement: Placement) -> bool:
     return placement.device_map is None and placement.main_device.type == "cpu"
 
 
-def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype, report: Report | None = None) -> None:
+def fill(
+    model: nn.Module,
+    source: Source,
+    packing: Packing,
+    dtype: torch.dtype,
+    report: Report | None = None,
+    note: Note | None = None,
+) -> None:
     """Give a model of this dtype its packed weights: from the disk where they are kept there, else packed and kept.
 
-    Its other tensors are there already.
+    Its other tensors are there already. `note` is told where they cannot be kept.
     """
     if packing.threads is not None:
         from tinychat_kernels import cpu
@@ -122,8 +171,10 @@ def fill(model: nn.Module, source: Source, packing: Packing, dtype: torch.dtype,
     if found is None or list(found) != list(packing.sizes):
         found = dict(_packed(source, packing, report))
         source.index.close()
-        if place is not None:
-            packed_cache.save(place, found)
+        if place is not None and not packed_cache.save(place, found) and note is not None:
+            note(
+                f"the packed weights cannot be kept in {place.folder}, so every start packs them; see `tinychat doctor`"
+            )
     _hand_over(model, source, packing, dtype, found)
 
 

@@ -31,7 +31,8 @@ class Placement:
     whether those of 16 bits beside a 4-bit decoder get 8 ("int8") or stay ("float"); `threads` is how many they run on
     from then on (None: as before). `kv_cache_dtype`: keys and values are "float", of the model's dtype, or "int8" with
     a scale for each token and head; "auto" is float, in half precision where the CPU kernels round activations of a
-    float32 model anyway.
+    float32 model anyway. `asked` are the options that the user gave, of --exact, --head int8 and --tower int8: where
+    one of them cannot do anything, nothing is loaded.
     """
 
     dtype: Dtype = None
@@ -44,6 +45,7 @@ class Placement:
     tower: str = "int8"
     threads: int | None = None
     kv_cache_dtype: str = "auto"
+    asked: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
