@@ -284,7 +284,8 @@ def _check_pictures(config: VilaConfig) -> None:
     """Raises ModelError where the model was trained on pictures that are prepared in a way that is not ours."""
     if (mode := config.image_aspect_ratio) not in ASPECT_RATIOS and config.tiling is None:
         works = ", ".join(name for name in ASPECT_RATIOS if name)
-        raise ModelError(f"image_aspect_ratio is {mode!r}, which is not supported", f"works: {works}, or none")
+        remedy = f"works: {works}, or none" + ("; LLaVA-NeXT as transformers writes it works" if mode == ANYRES else "")
+        raise ModelError(f"image_aspect_ratio is {mode!r}, which is not supported", remedy)
     if (merge := getattr(config, "mm_patch_merge_type", None)) not in (None, "flat"):
         raise ModelError(f"mm_patch_merge_type is {merge!r}, which is not supported", "works: flat, or none")
 
