@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -96,6 +97,25 @@ def test_a_header_that_promises_too_much_is_noticed(kept: Place):
     header = packed_cache._header(described, 64, ["758d6336"])  # the checksum of 64 zeros
     kept.path.write_bytes(header + bytes(64))
     assert packed_cache.load(kept) is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EIO, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("call", ["preadv", "pread"])
+def test_a_file_that_cannot_be_read_now_stays(kept: Place, monkeypatch: pytest.MonkeyPatch, number: int, call: str):
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        assert packed_cache.load(kept) is None
+    assert same(packed_cache.load(kept), linears())
+
+
+def test_a_file_that_another_deletes_meanwhile_takes_no_room(kept: Place):
+    gone = kept.folder / "gone.bin"
+    gone.symlink_to(kept.folder / "nowhere")  # listed, but not there when it is looked at
+    assert packed_cache.save(Place(kept.folder, "other"), linears())
+    assert same(packed_cache.load(kept), linears())
 
 
 def test_several_writers_leave_one_whole_file(place: Place):

@@ -1,7 +1,8 @@
 """Packed weights on disk, so that the second start need not pack: found by content, checked whole, written atomically.
 
 A file holds the linears of one model as the kernels read them, and is named by the hash of what they were made from.
-What is damaged or half-written is deleted and counts as not there; a folder that cannot be written is left alone.
+What is damaged or half-written is deleted and counts as not there; what cannot be read now, and a folder that cannot be
+written, is left alone.
 """
 
 from __future__ import annotations
@@ -66,15 +67,15 @@ def key_of(weights: Iterable[Path], facts: Sequence[str], folder: Path) -> str:
 
 
 def load(place: Place) -> dict[str, Packed] | None:
-    """The weights by name, in memory of their own; None where they are not there or damaged."""
+    """The weights by name, in memory of their own; None where they are not there, cannot be read, or are damaged."""
     try:
         with place.path.open("rb") as file:
             header, start = _read_header(file.fileno())
             blocks = _read_blocks(file.fileno(), start, header)
         found = {name: _packed(blocks, entry) for name, entry in header["linears"].items()}
-    except FileNotFoundError:
+    except OSError:  # of the system, this time: the file may be good
         return None
-    except (OSError, Damaged, KeyError, TypeError, ValueError):
+    except (Damaged, KeyError, TypeError, ValueError):
         with contextlib.suppress(OSError):
             place.path.unlink()
         return None
@@ -209,13 +210,21 @@ def _make_room(folder: Path, size: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink()
-    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.bin"))
+    files = sorted(_found(folder))
     total = sum(length for _, length, _ in files)
     for _, length, path in files:
         if total + size <= MOST_BYTES:
             return
         path.unlink(missing_ok=True)
         total -= length
+
+
+def _found(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """When each file was used last, and its size; another process may delete one meanwhile."""
+    for path in folder.glob("*.bin"):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            yield status.st_mtime, status.st_size, path
 
 
 @contextlib.contextmanager
