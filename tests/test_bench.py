@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import json_keys
@@ -17,10 +18,14 @@ import torch
 from PIL import Image as pillow
 from scripted_engine import ScriptedEngine
 
+from make_tiny_model import make_tiny_model
 from tinychat import bench
 from tinychat.core import Event, Failed, Finished, Image, Request, Text
 from tinychat.errors import CapacityError, UsageError
 from tinychat.flags import BenchFlags, ModelFlags
+from tinychat.load import load_folder
+from tinychat.placement import Placement
+from tinychat_kernels import cpu
 
 
 @dataclass
@@ -142,13 +147,47 @@ def test_a_depth_keeps_its_context_and_counts_decoding_alone():
     assert ("decode after 40, tokens/s", "8.5", "8", "9") in bench.rows(found)
 
 
-def test_deep_contexts_get_room():
-    flags, model = BenchFlags(depth="0,8192", new_tokens=64), ModelFlags()
+def test_deep_contexts_get_room(tmp_path: Path):
+    flags = BenchFlags(depth="0,8192", new_tokens=64)
+    model = ModelFlags(str(make_tiny_model(tmp_path, "text", max_positions=9000)))
     assert bench.roomy(model, flags).context == 8192 + 64 + 16
-    assert bench.roomy(replace(model, context=10), flags).context == 10
+    assert bench.roomy(replace(model, context=8256), flags).context == 8256
     assert bench.roomy(model, BenchFlags(depth="100")) == bench.roomy(model, BenchFlags()) == model
     with pytest.raises(UsageError, match="--depth is '1,x'; give lengths of 0 or more, such as 0,2048,8192"):
         BenchFlags(depth="1,x")
+
+
+def test_a_depth_that_does_not_fit_is_refused_with_one_that_does(tmp_path: Path):
+    model = ModelFlags(str(make_tiny_model(tmp_path, "text", max_positions=600)))
+    wanted = "--depth 99999 and 64 new tokens make 100063, the context holds 600; give a --depth of 536 or less$"
+    with pytest.raises(UsageError, match=wanted):
+        bench.roomy(model, BenchFlags(depth="0,99999"))
+    assert bench.roomy(model, BenchFlags(depth="0,536")) == model
+    with pytest.raises(UsageError, match="the context holds 100; give a --depth of 36 or less, or raise --context"):
+        bench.roomy(replace(model, context=100), BenchFlags(depth="37"))
+
+
+def test_a_model_on_ref_says_why_the_kernels_are_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    ready = load_folder(make_tiny_model(tmp_path, quantize=32), Placement(device="cpu"))
+    assert ready.model.one_call is None
+    why = dict.fromkeys(("decoder",), "TINYCHAT_BACKEND asks for ref")
+    assert bench._obstacles(ready.model) == why
+    monkeypatch.delenv("TINYCHAT_BACKEND")
+    monkeypatch.setattr(cpu, "available", lambda: (False, "no compiler"))
+    assert bench._obstacles(ready.model) == {"decoder": "cpu is off: no compiler"}
+
+
+def test_threads_are_those_that_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = make_tiny_model(tmp_path, "text", quantize=32)
+    ran, reason = cpu.available()
+    if not ran:
+        pytest.skip(reason)
+    monkeypatch.delenv("TINYCHAT_BACKEND", raising=False)
+    monkeypatch.setattr(cpu, "threads", lambda: 77)
+    assert bench._threads(load_folder(folder, Placement(device="cpu")).model) == 77
+    monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
+    assert bench._threads(load_folder(folder, Placement(device="cpu")).model) == torch.get_num_threads()
 
 
 def test_a_breakdown_needs_the_kernels():

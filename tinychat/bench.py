@@ -93,9 +93,26 @@ def measure(subject: Subject, work: Workload, report: Callable[[str], None]) -> 
 
 
 def roomy(model: ModelFlags, flags: BenchFlags) -> ModelFlags:
-    """The model's flags with a context that holds the deepest of --depth and its answer."""
-    needed = max((*flags.depths, 0)) + flags.new_tokens + SPARE
-    return replace(model, context=needed) if model.context is None and flags.depths and needed > CONTEXT else model
+    """The model's flags with a context that holds the deepest of --depth and its answer.
+
+    Raises UsageError for a --depth that the model, or the --context given, does not hold.
+    """
+    if not flags.depths:
+        return model
+    from tinychat import config, load
+
+    needed = max(flags.depths) + flags.new_tokens
+    read = config.read_config(load.resolve(model.model, model.revision))
+    room, most = load.choose_context(read, model.context), load.longest_context(read)
+    if model.context is None and needed + SPARE > room:
+        room = needed + SPARE if most is None else min(needed + SPARE, most)
+    if needed > room:
+        message = (
+            f"--depth {max(flags.depths)} and {flags.new_tokens} new tokens make {needed}, the context holds {room}"
+        )
+        more = "" if model.context is None else ", or raise --context"
+        raise UsageError(message, f"give a --depth of {max(room - flags.new_tokens, 0)} or less{more}")
+    return replace(model, context=room if room > CONTEXT else model.context)
 
 
 def _at_depth(subject: Subject, work: Workload, depth: int, report: Callable[[str], None]) -> Json:
@@ -188,10 +205,23 @@ def backend_of(model: Any) -> str:
     return "ref"
 
 
+def _threads(model: Any) -> int:
+    """Threads that compute on the CPU: the kernels' where they run, else torch's."""
+    import torch
+
+    from tinychat_kernels import cpu
+
+    return cpu.threads() if backend_of(model).startswith("cpu") else torch.get_num_threads()
+
+
 def _obstacles(model: Any) -> dict[str, str]:
     """Why parts of a model run module by module, and not in one call of the kernels, by their names."""
+    from tinychat_kernels import registry
+
     parts = {"decoder": model, "vision tower": getattr(model, "vision_tower", None)}
-    return {name: why for name, part in parts.items() if (why := getattr(part, "obstacle", None))}
+    found = {name: str(part.obstacle) for name, part in parts.items() if getattr(part, "obstacle", None)}
+    fallen = registry.why_not(model.device.type) if found and backend_of(model) == "ref" else None
+    return dict.fromkeys(found, fallen) if fallen else found
 
 
 def request(text: str, work: Workload, number: int) -> Request:
@@ -258,7 +288,7 @@ def _result(subject: Subject, work: Workload, rounds: Sequence[Finished]) -> Jso
         "model": subject.name,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "device": str(subject.model.device),
-        "threads": torch.get_num_threads(),
+        "threads": _threads(subject.model),
         "cpu": doctor.cpu()["name"],
         "backend": backend_of(subject.model),
         "obstacles": _obstacles(subject.model),

@@ -129,11 +129,16 @@ def load_folder(
 
 def choose_context(config: VilaConfig, asked: int | None) -> int:
     """The context asked for, else what the engine takes. Raises UsageError beyond what the positions are made for."""
-    longest, kind = config.text.max_position_embeddings, config.text.rope.type
-    if asked is not None and asked > longest and kind != "dynamic":
+    longest = longest_context(config)
+    if asked is not None and longest is not None and asked > longest:
         message = f"a context of {asked} tokens is asked for, the model is made for {longest}"
         raise UsageError(message, f"try --context {longest}")
-    return asked or min(longest, CONTEXT)
+    return asked or min(config.text.max_position_embeddings, CONTEXT)
+
+
+def longest_context(config: VilaConfig) -> int | None:
+    """The most tokens that a model's positions are made for; None where they grow with the length."""
+    return None if config.text.rope.type == "dynamic" else config.text.max_position_embeddings
 
 
 def open_source(folder: Path) -> Source:
