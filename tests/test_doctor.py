@@ -121,6 +121,16 @@ def test_clearing_deletes_our_parts_only(cache: Path, tmp_path_factory: pytest.T
     assert (elsewhere / "keep").read_text() == "keep"
 
 
+@pytest.mark.parametrize("folder", ["/dev/null/x", "/proc/x/y"])
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str):
+    monkeypatch.setenv("TINYCHAT_CACHE", folder)
+    found = doctor.folders()
+    assert [one["writable"] for one in found if one["name"] == "cache"] == [False]
+    assert f"cache {folder} (not made yet, cannot be written)" in doctor.to_text({"folders": found})
+    monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path / "a" / "b"))
+    assert f"cache {tmp_path}/a/b (not made yet)" in doctor.to_text({"folders": doctor.folders()})
+
+
 def test_links_count_as_nothing(cache: Path):
     (cache / "kernels/link").symlink_to(cache / "notes.txt")
     assert doctor.folder_bytes(cache / "kernels") == 10

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -215,16 +216,32 @@ def cache_folder() -> Path:
 
 
 def folders() -> list[Json]:
-    """Our folders and the hub's cache: {name, path, exists, bytes}."""
+    """Our folders and the hub's cache: {name, path, exists, writable, bytes}."""
     from huggingface_hub import constants
 
     from tinychat import store
 
     places = {"home": store.home(), "cache": cache_folder(), "hub": Path(constants.HF_HUB_CACHE)}
     return [
-        {"name": name, "path": str(path), "exists": path.is_dir(), "bytes": folder_bytes(path)}
+        {
+            "name": name,
+            "path": str(path),
+            "exists": path.is_dir(),
+            "writable": is_writable(path),
+            "bytes": folder_bytes(path),
+        }
         for name, path in places.items()
     ]
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files may be written there, or the folder be made: tried with one that has no name and goes at once."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return True
+    except OSError:
+        return False
 
 
 def folder_bytes(path: Path) -> int:
@@ -309,7 +326,7 @@ def _version_lines(found: Json) -> list[str]:
 def _cpu_lines(found: Json) -> list[str]:
     return [
         found["name"] + (f" on {found['board']}" if found["board"] else ""),
-        f"{found['cores']} cores, {found['usable_cores']} usable",
+        f"{found['cores']} logical cores, {found['usable_cores']} usable; the kernels take a thread a physical one",
         f"instruction sets: {' '.join(found['isa']) or 'none that matter'}",
         f"RAM {size(found['ram_bytes'])}, {size(found['free_ram_bytes'])} free",
     ]
@@ -329,12 +346,16 @@ def _backend_lines(found: list[Json]) -> list[str]:
     lines += [f"4-bit models on a GPU run on {b['name']}" for b in found if b["taken_on_gpu"]]
     taken = next((b["name"] for b in found if b["taken"]), None)
     if taken is None:
-        return [*lines, "4-bit models on the CPU run on none of them: see TINYCHAT_BACKEND"]
+        return [*lines, "4-bit models on the CPU run on none of them: see TINYCHAT_BACKEND and TINYCHAT_ISA"]
     return [*lines, f"4-bit models on the CPU run on {taken}", f"their 16-bit vision towers {TOWERS[taken]}"]
 
 
 def _folder_lines(found: list[Json]) -> list[str]:
-    return [f"{f['name']} {f['path']} ({size(f['bytes']) if f['exists'] else 'not made yet'})" for f in found]
+    return [
+        f"{f['name']} {f['path']} ({size(f['bytes']) if f['exists'] else 'not made yet'}"
+        f"{'' if f['writable'] else ', cannot be written'})"
+        for f in found
+    ]
 
 
 def _awq_lines(found: Json) -> list[str]:
