@@ -387,7 +387,7 @@ def test_what_is_not_supported_is_named(raw: Json, words: str) -> None:
     [
         (
             {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
-            "image_aspect_ratio is 'anyres', which is not supported; works: pad, resize, square, or none; LLaVA-NeXT as",
+            "image_aspect_ratio is 'anyres', which is not supported; works: pad, resize, square, or none; LLaVA",
         ),
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type is 'spatial', which is not supported; works: flat"),
     ],
