@@ -38,10 +38,11 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tinychat.core import Failed, Finished, Image, Message, Request, SamplingParams, StoppingParams, Text
+from tinychat.core import Failed, Finished, Image, Message, Request, SamplingParams, StoppingParams, Text, Token
 from tinychat.engine.causal_lm import CausalLM, CausalLMBatch
 from tinychat.engine.foreign import adapted, open_foreign, reader_of
 from tinychat.engine.foreign_vlm import ForeignProcessor, ForeignVlm, Pixels
+from tinychat.engine.prefill import Filling
 from tinychat.engine.scheduler import Scheduler
 from tinychat.errors import ModelError, UsageError
 
@@ -118,7 +119,12 @@ def paligemma() -> tuple[Any, Any]:
     torch.manual_seed(4)
     made: Any = SiglipImageProcessorPil(size={"height": 28, "width": 28})
     made.image_seq_length = 4
-    return seeded(PaliGemmaForConditionalGeneration(config)), PaliGemmaProcessor(made, tokenizer)
+    model = seeded(PaliGemmaForConditionalGeneration(config))
+    with torch.no_grad():  # else the newest token alone decides about the next
+        for layer in model.model.language_model.layers:
+            for parameter in layer.parameters():
+                parameter.mul_(8)
+    return model, PaliGemmaProcessor(made, tokenizer)
 
 
 @cache
@@ -275,6 +281,24 @@ def test_the_scheduler_gives_the_solo_answers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_had_to_wait_goes_on_as_it_would_have(kind: str) -> None:
+    """What it has said is read again after its prompt, which alone is read in both directions."""
+    scheduler, (first, second, *_) = Scheduler(engine(kind), rows=1), prompts(kind)
+    scheduler.submit(request(first))
+    urgent = [replace(request(second), priority=1)]
+    answers, said = dict[str, tuple[int, ...]](), 0
+    while scheduler.busy:
+        for event in scheduler.step():
+            said += isinstance(event, Token)
+            if isinstance(event, Finished):
+                answers[event.request_id] = event.token_ids
+        if said >= 3 and urgent:
+            scheduler.submit(urgent.pop())
+    assert scheduler.preempted == 1 and list(answers) == [second, first]
+    assert answers == {name: solo(kind, name) for name in (first, second)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Edge case 23."""
     lm, seen = engine(kind), list[Pixels]()
@@ -327,12 +351,21 @@ def test_a_prompt_read_in_both_directions_has_no_log_probabilities() -> None:
         engine("paligemma").reader(request("one", prompt_logprobs=True))
 
 
-def test_a_prompt_read_whole_does_not_begin_in_the_middle() -> None:
-    model = engine("paligemma").model
-    cache = model.make_cache(1, 32)
-    model.prefill(model.embed(torch.arange(4), (), ()), cache, 0)
-    with pytest.raises(UsageError, match="reads its prompts whole"):
-        model.prefill(model.embed(torch.arange(4), (), ()), cache, 2)
+def test_a_guess_is_not_read_in_both_directions() -> None:
+    """Tokens that are verified together give the logits that they give one by one."""
+    lm = engine("paligemma")
+    batch = open_batch(lm, request("one"))
+    lm.generate_token(batch)
+    caches = [lm.model.make_cache(1, 64) for _ in range(2)]
+    for one in caches:
+        filling = Filling(lm.model, batch.rows[0].prompt, one)
+        filling.look(lm.pixels(filling.prompt, filling.unseen[0]))
+        filling.read(4)
+        assert one.lengths == [len(filling.prompt.ids)], "read whole"
+    guess = torch.tensor([[7, 300, 12, 7]])
+    together = lm.model.verify(guess, caches[0])
+    alone = [lm.model.decode(guess[:, i : i + 1], caches[1]) for i in range(4)]
+    assert torch.allclose(together, torch.cat(alone, 1), atol=1e-4)
 
 
 def test_prompt_log_probabilities_of_a_prompt_with_pictures() -> None:

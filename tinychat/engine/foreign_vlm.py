@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from tinychat.core import Image, Request, Text
 from tinychat.engine.foreign import ForeignModel, text_config
-from tinychat.engine.foreign_cache import ForeignCache
 from tinychat.engine.requests import TokenReader
 from tinychat.errors import MediaError, ModelError, UsageError
 from tinychat.inputs import images as pictures
@@ -87,20 +86,20 @@ class ForeignVlm(ForeignModel):
         joined = [piece for part in parts for piece in (between.to(part), part)]
         return [torch.cat(joined[1:])]
 
-    def prefill(self, embeds: Tensor, cache: ForeignCache, start: int | Tensor | Sequence[int]) -> Tensor:
-        """embeds `[B, T, D]` written from position `start` -> logits of the last token `[B, 1, V]`.
-
-        Raises UsageError where a model that reads its prompts whole is to begin in the middle of one.
-        """
-        if self.kind.prefix and torch.as_tensor(start).any():
-            raise UsageError("the model reads its prompts whole, and a part is cached", "read it from its beginning")
-        return super().prefill(embeds, cache, start)
-
     def _mask(self, lengths: Tensor, count: int) -> Tensor:
-        """Where prompts are read in both directions, that of an empty cache hides nothing: float `[B, 1, T, T]`."""
-        if not self.kind.prefix or int(lengths.max()):
+        """Where prompts are read in both directions: float `[B, 1, T, M + T]`, what is hidden is the dtype's lowest.
+
+        The first piece of a row sees itself wholly; what comes after it sees what came before. (Left to itself the
+        model shows the tokens of every piece to each other, those of a guess too.)
+        """
+        if not self.kind.prefix:
             return super()._mask(lengths, count)
-        return torch.zeros(len(lengths), 1, count, count, dtype=self.dtype)
+        longest, newest = int(lengths.max()), torch.arange(count)
+        columns = torch.arange(longest + count)
+        whole = columns >= (longest - lengths)[:, :, None]
+        later = (columns > longest + newest[:, None]) & (lengths[:, :, None] > 0)
+        hidden = torch.full((), torch.finfo(self.dtype).min, dtype=self.dtype)
+        return torch.where(whole & ~later, torch.zeros_like(hidden), hidden)[:, None]
 
 
 def kind_of(config: Any) -> Kind:

@@ -57,13 +57,17 @@ class Filling:
     """A prompt on its way into the one row of `cache`, which may hold the beginning of it.
 
     First `look` at each picture of `unseen`, then `read` until it gives logits. `logprobs` collects the
-    prompt's where they are wanted: nothing may be cached then.
+    prompt's where they are wanted: nothing may be cached then. The first `whole` tokens (None: all) are the prompt
+    proper, what follows them has been answered.
     """
 
-    def __init__(self, model: Model, prompt: Prompt, cache: Cache, wants_logprobs: bool = False) -> None:
+    def __init__(
+        self, model: Model, prompt: Prompt, cache: Cache, wants_logprobs: bool = False, whole: int | None = None
+    ) -> None:
         self.model = model
         self.prompt = prompt
         self.cache = cache
+        self.whole = len(prompt.ids) if whole is None else whole
         self.logprobs = PromptLogprobs() if wants_logprobs else None
         self.unseen = open_slots(prompt, self.computed)
         self._features: list[Tensor] = []
@@ -88,7 +92,8 @@ class Filling:
                 self._embeds = embed_rest(self.model, self.prompt, self._cached, self._features)
                 self._features.clear()
             start = self.computed
-            most = len(self.prompt.ids) if reads_whole(self.model) else most
+            if reads_whole(self.model) and start < self.whole:
+                most = self.whole - start
             piece = self._embeds[:, start - self._cached : start - self._cached + most]
             if self.logprobs is None:
                 logits = self.model.prefill(piece, self.cache, start)[0]

@@ -190,7 +190,9 @@ class Scheduler:
         self._waiting.remove(task)
         row, task.slot = task.row, slot
         prompt = replace(row.prompt, ids=tuple(row.ids))
-        task.filling = Filling(self.lm.model, prompt, slot.cache, row.wants_prompt_logprobs and not row.generated)
+        task.filling = Filling(
+            self.lm.model, prompt, slot.cache, row.wants_prompt_logprobs and not row.generated, len(row.prompt.ids)
+        )
         self._reading.append(task)
 
     def _read(self) -> Iterator[Event]:
