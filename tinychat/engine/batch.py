@@ -25,7 +25,7 @@ from tinychat.errors import UsageError
 PAD_POSITION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class CausalLMBatch:
     """Rows that are decoded together. `past_key_values` is None until they are prefilled; afterwards it holds all
     tokens of a row but the newest.
@@ -186,7 +186,11 @@ class CausalLMBatch:
         """The rows at these indices, in this order."""
         past = None if self.past_key_values is None else self.past_key_values.select(indices)
         rows = tuple(self.rows[i] for i in indices)
-        return type(self)(self.batch_id, rows, past, self.pad_id, self.keys_head_dim_last)
+        return CausalLMBatch(self.batch_id, rows, past, self.pad_id, self.keys_head_dim_last)
+
+    def prefilled(self, past: Cache) -> CausalLMBatch:
+        """The same rows, whose prompts are in a cache."""
+        return CausalLMBatch(self.batch_id, self.rows, past, self.pad_id, self.keys_head_dim_last)
 
     @classmethod
     def concatenate(cls, batches: Sequence[CausalLMBatch]) -> CausalLMBatch:

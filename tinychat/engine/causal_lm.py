@@ -67,10 +67,12 @@ class CausalLM:
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any, context: int | None = None) -> CausalLM:
         """Over a model of ours or of transformers that is in memory, and its tokenizer or processor."""
-        from tinychat.engine.foreign import adapted, reader_of
+        made, reader = cls.__new__(cls), tokenizer
+        if not (hasattr(model, "make_cache") and hasattr(reader, "stop_ids")):
+            from tinychat.engine.foreign import adapted, reader_of  # of transformers, which take seconds to import
 
-        made, reader = cls.__new__(cls), reader_of(tokenizer, model)
-        made._take(adapted(model), reader, context or reader.context)
+            model, reader = adapted(model), reader_of(tokenizer, model)
+        made._take(model, reader, context or reader.context)
         return made
 
     def _take(self, model: Model, reader: Reader, context: int) -> None:
@@ -84,7 +86,7 @@ class CausalLM:
     def device(self) -> torch.device:
         return self.model.device
 
-    def pixels(self, prompt: Prompt, slot: Slot) -> Tensor:
+    def pixels(self, prompt: Prompt, slot: Slot) -> Any:
         """The picture of a slot, decoded now. Raises MediaError."""
         return cast("Any", self.reader).pixels(prompt, [slot.image])
 
@@ -133,47 +135,54 @@ class CausalLM:
             return [], None
         if len(going) < len(batch):
             batch = batch.select(going)
-        batch, draws, logprobs = self._decoded(batch) if batch.past_key_values is not None else self._prefilled(batch)
+        if batch.past_key_values is None:
+            past, logits, logprobs = self.read(batch)
+            batch, draws = batch.prefilled(past), draw(batch.rows, logits)
+        else:
+            draws, logprobs = self._decoded(batch), [None] * len(batch)
         made = self.advance(batch, draws, logprobs)
         return made, None if all(row.ended for row in batch.rows) else batch
 
-    def _prefilled(self, batch: CausalLMBatch) -> tuple[CausalLMBatch, list[Drawn], list[list[float] | None]]:
+    def read(self, batch: CausalLMBatch) -> tuple[Cache, Tensor, list[list[float] | None]]:
+        """Prompts into a new cache -> the last logits `[B, V]`, and the prompts' log-probabilities where wanted."""
         room = batch.max_input_length + batch.padding_right_offset
         cache: Cache = self.model.make_cache(len(batch), room)
         fillings = [
             Filling(self.model, row.prompt, cache.select([i]), row.wants_prompt_logprobs)
             for i, row in enumerate(batch.rows)
         ]
-        logits = [self._filled(row, filling) for row, filling in zip(batch.rows, fillings, strict=True)]
+        logits = [self._filled(batch, row, filling) for row, filling in zip(batch.rows, fillings, strict=True)]
         past = cast("Cache", type(cache).cat([filling.cache for filling in fillings]))
-        read = type(batch)(batch.batch_id, batch.rows, past, batch.pad_id, batch.keys_head_dim_last)
-        scores = [filling.logprobs and filling.logprobs.values for filling in fillings]
-        return read, draw(batch.rows, torch.stack(logits)), scores
+        scores = [None if filling.logprobs is None else filling.logprobs.values for filling in fillings]
+        return past, torch.stack(logits), scores
 
-    def _filled(self, row: Row, filling: Filling) -> Tensor:
+    def _filled(self, batch: CausalLMBatch, row: Row, filling: Filling) -> Tensor:
         """Read a whole prompt -> the last logits `[V]`."""
         for slot in filling.unseen:
-            filling.look(self.pixels(row.prompt, slot))
+            filling.look(self.picture(batch, row, slot))
         while (logits := filling.read(CHUNK)) is None:
             pass
         return logits
 
-    def _decoded(self, batch: CausalLMBatch) -> tuple[CausalLMBatch, list[Drawn], list[list[float] | None]]:
+    def picture(self, batch: CausalLMBatch, row: Row, slot: Slot) -> Any:
+        """The pixels of a row's picture."""
+        return self.pixels(row.prompt, slot)
+
+    def _decoded(self, batch: CausalLMBatch) -> list[Drawn]:
         past = cast("Cache", batch.past_key_values)
-        if guess := self._guess(batch):
-            return batch, [self._verified(batch.rows[0], guess, past)], [None]
+        if guess := self.guess(batch):
+            return [self._verified(batch.rows[0], guess, past)]
         temperatures = [row.chooser.temperature for row in batch.rows]
-        none: list[list[float] | None] = [None] * len(batch)
         with running():
             if isinstance(self.model, Draws) and self.model.can_draw and None not in temperatures:
                 numbers = [row.chooser.number() for row in batch.rows]
                 newest = [row.ids[-1] for row in batch.rows]
                 ids, logprobs = self.model.draw(newest, past, cast("list[float]", temperatures), numbers)
-                return batch, [_drawn(*one) for one in zip(ids, logprobs, strict=True)], none
+                return [_drawn(*one) for one in zip(ids, logprobs, strict=True)]
             logits = self.model.decode(batch.input_ids.to(self.device), past)[:, -1]
-        return batch, draw(batch.rows, logits), none
+        return draw(batch.rows, logits)
 
-    def _guess(self, batch: CausalLMBatch) -> list[int]:
+    def guess(self, batch: CausalLMBatch) -> list[int]:
         """What a row that is alone might say next."""
         if not self.speculate or len(batch) > 1:
             return []
