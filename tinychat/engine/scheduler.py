@@ -38,6 +38,7 @@ class Task:
     slot: Slot | None = None
     filling: Filling | None = None
     cached: int = 0
+    read: int = 0
     started: bool = False
 
     @property
@@ -196,16 +197,19 @@ class Scheduler:
         self._reading.append(task)
 
     def _read(self) -> Iterator[Event]:
-        """A picture, or a piece of a prompt: of the one whose turn it is."""
-        if not self._reading:
-            return
-        task = self._reading[0]
-        assert task.filling is not None
-        try:
-            yield from self._look(task, task.filling) if task.filling.unseen else self._fill(task, task.filling)
-        except TinychatError as error:
-            self._withdraw(task)
-            yield _failed(task, error)
+        """A picture, or pieces of prompts: of those whose turn it is, as many tokens as a step may read."""
+        left = self.between if self._decoding else self.chunk
+        while self._reading and left > 0 and not self._cancelled:
+            task = self._reading[0]
+            assert task.filling is not None
+            before, sees = task.filling.computed, bool(task.filling.unseen)
+            try:
+                yield from self._look(task, task.filling) if sees else self._fill(task, task.filling, left)
+            except TinychatError as error:
+                self._withdraw(task)
+                yield _failed(task, error)
+                return
+            left -= left if sees else task.read - before
 
     def _look(self, task: Task, filling: Filling) -> Iterator[Event]:
         """The next of a prompt's pictures."""
@@ -220,10 +224,11 @@ class Scheduler:
             filling.look(pixels)
         yield Progress(task.id, "vision", done + 1, slots)
 
-    def _fill(self, task: Task, filling: Filling) -> Iterator[Event]:
+    def _fill(self, task: Task, filling: Filling, most: int) -> Iterator[Event]:
         """The next piece of a prompt; after the last one its row is decoded with the others."""
         with task.clock.stage("prefill"):
-            logits = filling.read(self.between if self._decoding else self.chunk)
+            logits = filling.read(most)
+            task.read = filling.computed
         yield Progress(task.id, "prefill", filling.computed, len(filling.prompt.ids))
         if task.id in self._cancelled:
             return
