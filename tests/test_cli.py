@@ -311,8 +311,11 @@ def test_files_asked_about_together_have_the_answers_that_each_has_alone(
 def test_what_the_loader_is_told(model: str, monkeypatch: pytest.MonkeyPatch):
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    flags = ModelFlags(model, dtype="bf16", device="cpu", context=100, chunk=7, template="vicuna_v1", threads=3)
-    loaded = cli.open_model(flags)
+    flags = ModelFlags(
+        model, dtype="bf16", device="cpu", context=100, chunk=7, template="vicuna_v1", threads=3, speculate=2
+    )
+    loaded = cli.open_model(flags, rows=3)
+    assert (loaded.engine.scheduler.rows, loaded.engine.scheduler.lm.speculate) == (3, 2)
     assert (loaded.model.dtype, str(loaded.model.device)) == (torch.bfloat16, "cpu")
     assert (loaded.engine.context, loaded.engine.scheduler.chunk, threads) == (100, 7, [3])
     assert "USER: hi ASSISTANT:" in loaded.processor.tokenizer.decode(loaded.processor(hi()).ids)

@@ -266,7 +266,7 @@ def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: b
     load_s = time.perf_counter() - started
     for note in ready.notes:
         _note(note)
-    options = {"context": ready.context, "chunk": flags.chunk, "rows": rows}
+    options = {"context": ready.context, "chunk": flags.chunk, "rows": rows, "speculate": flags.speculate}
     engine = Engine(ready.model, ready.processor, load_s=load_s, **options)
     return Loaded(ready.model, ready.processor, engine)
 

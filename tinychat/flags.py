@@ -58,6 +58,15 @@ class ModelFlags:
         typer.Option(help="Tokens of context to hold.", min=1, show_default="4096, or the most that the model can"),
     ] = None
     chunk: Annotated[int, typer.Option(help="Prompt tokens computed at once.", min=1)] = 512
+    speculate: Annotated[
+        int,
+        typer.Option(
+            help="Tokens to guess ahead, by what followed the same words before; the answer stays the same.",
+            min=0,
+            max=15,
+            show_default="0, off",
+        ),
+    ] = 0
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Hold 4-bit weights as floats: faster, at 4 to 8 times their memory.")
     ] = False

@@ -32,7 +32,7 @@ class AdapterBatchMetadata:
     @property
     def adapter_list(self) -> list[int]:
         """One a row."""
-        return self.adapter_indices.tolist()
+        return [int(index) for index in self.adapter_indices]
 
 
 def find_segments(indices: Sequence[int]) -> tuple[list[int], list[int]]:
