@@ -19,7 +19,7 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache
 from tinychat.layers.linear import QuantLinear
 from tinychat.layers.norm import RMSNorm
-from tinychat.layers.one_call import Obstacle, refused
+from tinychat.layers.one_call import Obstacle, Sizes, is_watched, refused
 from tinychat.layers.rotary import Rope, cos_sin
 from tinychat_kernels.cpu import SCALES, Packed
 
@@ -28,15 +28,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-class Config(Protocol):
+class Config(Sizes, Protocol):
     """The fields of tinychat.config.TextConfig that matter here."""
 
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
     @property
     def num_key_value_heads(self) -> int: ...
     @property
@@ -47,8 +41,6 @@ class Config(Protocol):
     def rms_norm_eps(self) -> float: ...
     @property
     def windows(self) -> tuple[int | None, ...]: ...
-    @property
-    def hidden_act(self) -> str: ...
 
 
 class CpuDecoder:
@@ -93,7 +85,7 @@ class CpuDecoder:
         """Whether the modules are those that this was made from, and nothing watches them."""
         now = list(_parts(self._llm))
         same = len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
-        return same and not _watched(self._llm)
+        return same and not is_watched(self._llm)
 
     def forward(self, inputs: Tensor, cache: KVCache, starts: list[int], want: str) -> Tensor | None:
         """Token ids `[B, T]` or embeddings `[B, T, D]` -> fp32 logits of each row's last token, of "every", or "none".
@@ -138,7 +130,7 @@ def obstacle(llm: nn.Module, config: Config) -> str | None:
         (len(exact) > 1, "some of its linears are exact, others not"),
         (_head(llm.lm_head) is None, "its head is none that the CPU kernels read"),
         (not _is_table(model.embed_tokens.weight), "its embeddings are none that the CPU kernels read"),
-        (_watched(llm), "hooks watch its modules"),
+        (is_watched(llm), "hooks watch its modules"),
     ):
         if wrong:
             return reason
@@ -161,11 +153,6 @@ def _parts(llm: nn.Module) -> Iterator[object]:
         if isinstance(module, RMSNorm):
             yield module.weight
     yield from (model.embed_tokens.weight, _head(llm.lm_head), getattr(llm.lm_head, "exact", None))
-
-
-def _watched(llm: nn.Module) -> bool:
-    """Whether hooks want to see what the modules do, or have taken over."""
-    return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in llm.modules())
 
 
 def _head(head: Any) -> Packed | Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tinychat.layers.int8_linear import Int8Linear
-from tinychat.layers.one_call import Obstacle, refused
+from tinychat.layers.one_call import Obstacle, Sizes, is_watched, refused
 from tinychat.layers.packed_linear import PackedLinear
 from tinychat_kernels.cpu import Packed
 
@@ -24,17 +24,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 MLP = ("fc1", "fc2")
 
 
-class Config(Protocol):
+class Config(Sizes, Protocol):
     """The fields of tinychat.config.VisionConfig that matter here."""
 
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def hidden_act(self) -> str: ...
     @property
     def layer_norm_eps(self) -> float: ...
 
@@ -74,7 +66,7 @@ class CpuTower:
         """Whether the modules are those that this was made from, and nothing watches them."""
         now = list(_parts(self._tower))
         same = len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
-        return same and not _watched(self._tower)
+        return same and not is_watched(self._tower)
 
     def forward(self, pixels: Tensor, depth: int) -> Tensor:
         """Pictures `[N, 3, H, W]` -> float32 hidden state `[N, tokens, D]` after so many layers."""
@@ -88,7 +80,7 @@ def obstacle(tower: nn.Module) -> str | None:
         return "its linears are not 8-bit ones that the CPU kernels hold"
     if any(tensor.device.type != "cpu" for tensor in tower.parameters()):
         return "it is not on the CPU"
-    return "hooks watch its modules" if _watched(tower) else None
+    return "hooks watch its modules" if is_watched(tower) else None
 
 
 def _is_held(linear: nn.Module) -> bool:
@@ -109,11 +101,6 @@ def _parts(tower: nn.Module) -> Iterator[object]:
     for module in tower.modules():
         if not isinstance(module, PackedLinear | Int8Linear):
             yield from module.parameters(recurse=False)
-
-
-def _watched(tower: nn.Module) -> bool:
-    """Whether hooks want to see what the modules do, or have taken over."""
-    return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in tower.modules())
 
 
 def _held(linear: PackedLinear | Int8Linear) -> Packed:

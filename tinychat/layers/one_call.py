@@ -4,8 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Protocol
+
+from torch import nn
 
 from tinychat_kernels.errors import KernelError
+
+
+class Sizes(Protocol):
+    """The fields of a config that every such part has."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
 
 
 class Obstacle(Exception):
@@ -19,3 +35,8 @@ def refused() -> Generator[None, None, None]:
         yield
     except KernelError as error:
         raise Obstacle(str(error)) from error
+
+
+def is_watched(part: nn.Module) -> bool:
+    """Whether hooks want to see what the modules do, or have taken over."""
+    return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in part.modules())
