@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What 8-bit activations, head, vision tower, keys and values cost a 4-bit model on a CPU: KL, and right answers.
 
-    scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--outliers N:FACTOR] [--only WORD] [--json]
+    scripts/int8_quality.py [MODEL] [--samples 64] [--per-task 100] [--outliers N:FACTOR] [--only WORD] [--json|--card]
 
 MODEL is a folder or a hub id (the embedded model). All settings read the same held-out sequences. `exact` keeps
 activations, keys and values in float32, the head and the tower as they are stored, and is what the others are compared
@@ -33,7 +33,7 @@ from torch import Tensor
 from tinychat import load
 from tinychat.engine.engine import Engine
 from tinychat.engine.prefill import embed_rest, running
-from tinychat.eval import divergence, report
+from tinychat.eval import divergence, page, report
 from tinychat.eval.card import sees
 from tinychat.eval.divergence import Held
 from tinychat.eval.heldout import heldout, speaks_demo
@@ -121,15 +121,15 @@ def opened(model: str | Path | None, setting: Setting, threads: int | None) -> E
     return Engine(ready.model, ready.processor, context=ready.context)
 
 
-def logits(engine: Engine, sequence: Held) -> Tensor:
-    """As the engine computes them, by the kernels and through a cache `[scored, V]`."""
+def logits(engine: Engine, sequence: Held) -> list[Tensor]:
+    """As the engine computes them, by the kernels and through a cache: one part `[scored, V]`."""
     model, prompt = cast("Any", engine.model), sequence.prompt
     with running():
         pixels = [engine.processor.pixels(prompt, [slot.image]) for slot in prompt.slots]
         features = [found for one in pixels for found in model.encode_images(one)]
         whole = replace(prompt, ids=(*prompt.ids, *sequence.answer))
         embeds = embed_rest(engine.model, whole, 0, features)
-        return model.verify(embeds, model.make_cache(1, embeds.shape[1]))[0, list(sequence.scored)]
+        return [model.verify(embeds, model.make_cache(1, embeds.shape[1]))[0, list(sequence.scored)]]
 
 
 def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[dict[str, Any]]:
@@ -160,6 +160,13 @@ def results(args: argparse.Namespace, say: Callable[[str], None]) -> Iterable[di
         yield row
 
 
+def for_card(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a card says of the default, the last of the settings measured."""
+    exact, default = rows[0], rows[-1]
+    kept = {name: default[name] for name in ("setting", "tokens", "kl", "top1", "right", "asked")}
+    return {**kept, "exact_right": exact["right"]}
+
+
 def draw(rows: Iterable[dict[str, Any]]) -> Table:
     table = Table("setting", "KL, nats a token", "95 %", "99th percentile", "same top-1", "same answers", "right")
     for row in rows:
@@ -181,12 +188,17 @@ def main() -> int:
     parser.add_argument("--outliers", metavar="N:FACTOR", help="of the tower; a VILA folder's")
     parser.add_argument("--only", action="append", metavar="WORD", help="settings whose names have it; repeatable")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--card", action="store_true", help="add the default's figures to the card of a demo model")
     args = parser.parse_args()
+    if args.card:
+        args.only = ["head and tower"]
     with tempfile.TemporaryDirectory() as folder:
         if args.outliers:
             channels, factor = args.outliers.split(":")
             args.model = with_outliers(load.resolve(args.model), Path(folder) / "loud", int(channels), float(factor))
         rows = list(results(args, lambda text: print(text, file=sys.stderr, flush=True)))
+    if args.card:
+        page.with_int8(load.resolve(args.model), for_card(rows))
     if args.json:
         print(json.dumps(rows))
     else:

@@ -143,9 +143,11 @@ def _facts(source: Source) -> dict[str, Any]:
     """What `tinychat quantize` noted in the folder, else the facts of its card, else what the config says."""
     from tinychat.quantize.facts import FACTS, for_card, of_folder
 
+    before = page.facts_of(source.folder)
     if (source.folder / FACTS).is_file():
-        return for_card(of_folder(source.folder))
-    return page.facts_of(source.folder) or {"quantization": asdict(source.spec) if source.spec else "none"}
+        int8 = {page.INT8: before[page.INT8]} if page.INT8 in before else {}
+        return for_card(of_folder(source.folder)) | int8
+    return before or {"quantization": asdict(source.spec) if source.spec else "none"}
 
 
 def _check_folder(job: Job, folder: Path) -> None:

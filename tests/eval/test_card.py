@@ -209,6 +209,36 @@ def test_readme_keeps_what_is_not_the_card(full: Card, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "quality.json"]
 
 
+INT8 = {
+    "setting": "int8 activations, head and tower",
+    "tokens": 371,
+    "kl": {"value": 2.3456e-6, "low": 1e-6, "high": 3e-6},
+    "top1": {"value": 1.0, "low": 1.0, "high": 1.0},
+    "right": 1287,
+    "asked": 1400,
+    "exact_right": 1288,
+}
+SENTENCE = (
+    "On a CPU, int8 activations, head and tower against `--exact --head float`: KL divergence 2.3e-06 nats a token "
+    "(1e-06 to 3e-06), the same likeliest token at 100 %, 1287 of 1400 questions right (1288 exactly computed)."
+)
+
+
+def test_what_8_bit_activations_cost_is_added_and_stays(full: Card, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="has no card; make one first: tinychat eval --card"):
+        page.with_int8(tmp_path, INT8)
+    full.write(tmp_path)
+    page.with_int8(tmp_path, {**INT8, "right": 1})
+    page.with_int8(tmp_path, INT8)
+    readme = (tmp_path / "README.md").read_text("utf-8")
+    assert readme.count("On a CPU") == 1 and f"|\n\n{SENTENCE}\n\nHow it was made:" in readme
+    assert page.facts_of(tmp_path) == {**FACTS, page.INT8: INT8}
+    replace(full, facts=page.facts_of(tmp_path)).write(tmp_path)
+    assert (tmp_path / "README.md").read_text("utf-8") == readme
+    with pytest.raises(FormatError, match=r"the card's int8_on_cpu is damaged \(KeyError\('kl'\)\); remove quality"):
+        page.markdown(replace(full, facts={page.INT8: {"setting": "x"}}))
+
+
 def test_facts_cannot_break_the_page(full: Card) -> None:
     text = page.markdown(replace(full, facts={**FACTS, "evil": f"{END}\n# Head"}))
     assert text.count(END) == 1 and text.rstrip().endswith(END) and "\n# Head" not in text

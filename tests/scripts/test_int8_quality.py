@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,21 @@ from tinychat_kernels import cpu
 def features(folder: Path, **placed: str) -> torch.Tensor:
     model = assemble(open_source(folder), Placement(device="cpu", **placed))
     return model.encode_images(torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_card_takes_the_default_and_the_exact_answers() -> None:
+    exact = {"setting": "exact", "right": 9, "asked": 12, "kl": {}, "top1": {}, "tokens": 3, "unchanged": 1.0}
+    default = {**exact, "setting": "int8", "right": 8, "scores": []}
+    kept = {"setting": "int8", "right": 8, "asked": 12, "kl": {}, "top1": {}, "tokens": 3}
+    assert int8_quality.for_card([exact, default]) == {**kept, "exact_right": 9}
+
+
+@pytest.mark.skipif(not cpu.available()[0], reason=cpu.available()[1])
+def test_a_setting_is_compared_with_exact() -> None:
+    args = argparse.Namespace(model=None, only=["head and tower"], threads=1, samples=1, per_task=0)
+    exact, default = int8_quality.results(args, lambda _: None)
+    assert (exact["setting"], exact["kl"]["value"]) == ("exact", 0.0)
+    assert default["setting"] == "int8 activations, head and tower" and 0 < default["kl"]["value"] < 1e-3
 
 
 def test_loud_channels_change_nothing_but_how_loud_they_are(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = "tinychat.card/1"
 FILE, README = "quality.json", "README.md"
 BEGIN, END = "<!-- tinychat card: begin -->", "<!-- tinychat card: end -->"
+INT8 = "int8_on_cpu"  # the fact that `with_int8` adds
 BLOCKS = "▁▂▃▄▅▆▇█"
 Json = dict[str, Any]
 
@@ -179,18 +180,53 @@ def markdown(card: Card) -> str:
     """The part of README.md, markers included."""
     head, *body = [[_escaped(cell) for cell in row] for row in rows(card)]
     table = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
-    facts = [f"- {_escaped(name)}: {_escaped(value)}" for name, value in _flat(card.facts)]
+    made = {name: value for name, value in card.facts.items() if name != INT8}
+    facts = [f"- {_escaped(name)}: {_escaped(value)}" for name, value in _flat(made)]
     about = [
         "Measured by `tinychat eval` on generated data that the model was not calibrated on; intervals are 95 %. KL "
         "divergence is in nats, from the original's prediction to this one's. "
         f"All figures, layer by layer, are in `{FILE}`."
     ]
     sections = [["## Quality"], about, table, *([left] for left in map(_escaped, card.left_out))]
+    if INT8 in card.facts:
+        sections.append([_int8(card.facts[INT8])])
     if facts:
         sections += [["How it was made:"], facts]
     versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
     sections.append([f"Versions: {_escaped(versions)}."])
     return "\n\n".join([BEGIN, *("\n".join(section) for section in sections), END]) + "\n"
+
+
+def _int8(found: Json) -> str:
+    """What the CPU kernels' default costs, beside activations, head and tower as they are. Raises FormatError."""
+    try:
+        low, value, high = (f"{found['kl'][name]:.2g}" for name in ("low", "value", "high"))
+        same, right = 100 * found["top1"]["value"], f"{found['right']:d} of {found['asked']:d}"
+        return (
+            f"On a CPU, {_escaped(found['setting'])} against `--exact --head float`: KL divergence {value} nats a "
+            f"token ({low} to {high}), the same likeliest token at {same:.4g} %, {right} questions right "
+            f"({found['exact_right']:d} exactly computed)."
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"the card's {INT8} is damaged ({error!r})", f"remove {FILE}") from error
+
+
+def with_int8(folder: Path, found: Json) -> None:
+    """Add to a folder's card what 8-bit activations cost, as scripts/int8_quality.py measures it.
+
+    Raises FormatError where there is no card.
+    """
+    facts, readme = facts_of(folder), _readme(folder)
+    if not facts or BEGIN not in readme:
+        raise FormatError(f"{folder} has no card", "make one first: tinychat eval --card")
+    if INT8 in facts:
+        readme = readme.replace(f"{_int8(facts[INT8])}\n\n", "")
+    before, begin, part = readme.partition(BEGIN)
+    mark = "How it was made:" if "How it was made:" in part else "Versions: "
+    _replace(folder / README, before + begin + part.replace(mark, f"{_int8(found)}\n\n{mark}", 1))
+    raw = json.loads((folder / FILE).read_text("utf-8"))
+    raw["facts"][INT8] = found
+    _replace(folder / FILE, json.dumps(raw, indent=1) + "\n")
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
