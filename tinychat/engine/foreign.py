@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,14 +301,15 @@ class TheirFolder:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise CapacityError(f"the memory does not suffice for {self.path}", "take a smaller model") from error
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
-            raise self._refusal(" ".join(str(error).split())) from error
+            raise self._refusal(str(error)) from error
 
     def _refusal(self, reason: str) -> ModelError:
         if "trust_remote_code" in reason:
             own = f"{self.path} brings code of its own, which only trust_remote_code runs"
             return ModelError(own, "read that code; then give trust_remote_code=True, or take another model")
         remedy = "check that its files are complete and for this version of transformers"
-        return ModelError(f"transformers does not read {self.path}: {reason}{self.why}", remedy)
+        short = textwrap.shorten(reason, 300)  # some list every model there is
+        return ModelError(f"transformers does not read {self.path}: {short}{self.why}", remedy)
 
 
 def set_pad_token(tokenizer: Any, config: Any) -> None:
