@@ -64,6 +64,11 @@ def draws(index: int) -> dict[str, Any]:
     return kinds[index % len(kinds)]
 
 
+@pytest.fixture(scope="module")
+def alone(lm: CausalLM) -> dict[str, list[int]]:
+    return {one.id: answers(lm, batch_of(lm, one))[one.id] for one in asked()}
+
+
 def asked() -> list[Request]:
     return [request(f"r{i}", text, 4 + 3 * (i % 3), **draws(i)) for i, text in enumerate(WORDS)]
 
@@ -71,8 +76,7 @@ def asked() -> list[Request]:
 # Edge cases 1, 2, 15: rows of different lengths, joining late, leaving early
 
 
-def test_rows_of_a_batch_say_what_they_say_alone(lm: CausalLM) -> None:
-    alone = {one.id: answers(lm, batch_of(lm, one))[one.id] for one in asked()}
+def test_rows_of_a_batch_say_what_they_say_alone(lm: CausalLM, alone: dict[str, list[int]]) -> None:
     assert [len(tokens) for tokens in alone.values()] == [4, 7, 10, 4, 7]
     assert answers(lm, batch_of(lm, *asked())) == alone
 
@@ -87,9 +91,8 @@ Move = tuple[str, int]
         max_size=24,
     )
 )
-def test_any_company_gives_the_same_answers(lm: CausalLM, moves: list[Move]) -> None:
+def test_any_company_gives_the_same_answers(lm: CausalLM, alone: dict[str, list[int]], moves: list[Move]) -> None:
     """Random admissions, steps, filters, cancels and concatenations against each request alone."""
-    alone = {one.id: answers(lm, batch_of(lm, one))[one.id] for one in asked()}
     waiting, batches, said = asked(), list[CausalLMBatch](), dict[Any, list[int]]()
     gone = set[str]()
     for move, n in [*moves, *[("admit", 0)] * 5, *[("step", 0)] * 60]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from pathlib import Path
 
 import psutil
 import pytest
@@ -56,7 +55,9 @@ def test_a_soak() -> None:
             number, way = draw.randrange(40), draw.choice(["wait", "wait", "wait", "cancel", "deadline"])
             one = asked(number)
             deadline = draw.choice([0.002, 0.3]) if way == "deadline" else None
-            request = Request(f"{turn}", one.messages, (), one.sampling, one.stopping, None, draw.choice([0, 0, 1]), deadline)
+            request = Request(
+                f"{turn}", one.messages, (), one.sampling, one.stopping, None, draw.choice([0, 0, 1]), deadline
+            )
             stream, events, stop = owner.submit(request), list[Event](), draw.randrange(12)
             for event in stream:
                 events.append(event)
@@ -89,4 +90,8 @@ def same(found: Finished | Failed, expected: Finished | Failed, cut: bool) -> bo
         return cut and found.finish_reason == "cancelled" and not found.token_ids
     if found.finish_reason == "cancelled":
         return cut and expected.token_ids[: len(found.token_ids)] == found.token_ids
-    return (found.token_ids, found.text, found.finish_reason) == (expected.token_ids, expected.text, expected.finish_reason)
+    return (found.token_ids, found.text, found.finish_reason) == (
+        expected.token_ids,
+        expected.text,
+        expected.finish_reason,
+    )
