@@ -16,6 +16,7 @@ from tinychat.checkpoint import open_model
 from tinychat.config import read_config
 from tinychat.core import Finished, Image, Message, Request, Text
 from tinychat.engine.engine import Engine
+from tinychat.eval import page
 from tinychat.eval.demo import TASKS, correct, draw_samples
 from tinychat.eval.demo.showcase import QUESTIONS, Question
 from tinychat.load import EMBEDDED, load, quant_spec
@@ -25,6 +26,14 @@ SAMPLES = EMBEDDED.parent / "samples"
 LARGEST = 12 * 10**6
 FLOAT_PARAMETERS = 4 * 10**6
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def test_its_card_bears_out_the_8_bits_that_a_cpu_takes_by_default() -> None:
+    found = json.loads((EMBEDDED / page.FILE).read_text("utf-8"))["facts"][page.INT8]
+    assert found["setting"] == "int8 activations, head and tower"
+    assert found["kl"]["high"] < 1e-4 and found["top1"]["value"] > 0.999
+    assert found["right"] > 0.99 * found["exact_right"] and found["asked"] >= 2800
+    assert "On a CPU, int8 activations, head and tower against" in (EMBEDDED / "README.md").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
