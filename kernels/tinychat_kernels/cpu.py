@@ -25,7 +25,7 @@ from tinychat_kernels.errors import KernelError, LayoutError, SettingError
 from tinychat_kernels.int8 import Int8
 from tinychat_kernels.layout import AwqGemm, QuantSpec
 
-ABI = 3
+ABI = 4
 SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as tinychat.h numbers them
 ISAS = ("generic", "avx2", "avxvnni", "avx512", "dotprod", "i8mm")
 GROUPS = (128, 64, 32)  # of 4-bit blocks, the best first

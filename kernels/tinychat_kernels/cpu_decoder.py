@@ -148,7 +148,7 @@ def _library() -> ctypes.CDLL:
     loaded = cpu.library()
     for name, result, arguments in (
         ("tc_step_memory", ctypes.c_size_t, (_POINTER, _INT64, _INT64, _INT64)),
-        ("tc_forward", None, (_POINTER, _POINTER, _POINTER)),
+        ("tc_forward", ctypes.c_int, (_POINTER, _POINTER, _POINTER)),
         ("tc_attention", ctypes.c_int, (_POINTER,) * 7),
         ("tc_norm", None, (_POINTER, _POINTER, _POINTER, _FLOAT, _INT64, _INT64, _POINTER)),
         ("tc_swiglu", None, (_POINTER, _INT64, _INT64, _POINTER)),
@@ -233,9 +233,10 @@ class Decoder:
             batch, count, int(every), _address(logits), self._room(batch, count, max(lengths)),
             _address(self.nanoseconds),
         )  # fmt: skip
-        _library().tc_forward(
+        failed = _library().tc_forward(
             ctypes.addressof(self._struct), ctypes.addressof(self._cache_of(rows.layers)), ctypes.addressof(step)
         )
+        cpu.check_memory(failed, f"{batch} rows of {count} tokens")
         return logits
 
     def profile(self) -> dict[str, float]:

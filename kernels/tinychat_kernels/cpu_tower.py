@@ -129,7 +129,7 @@ def _library() -> ctypes.CDLL:
         loaded,
         {
             "tc_picture_memory": (ctypes.c_size_t, (_POINTER, _INT64)),
-            "tc_encode": (None, (_POINTER, _POINTER)),
+            "tc_encode": (ctypes.c_int, (_POINTER, _POINTER)),
             "tc_layer_norm_rows": (None, (_POINTER, _POINTER, _POINTER, _FLOAT, _INT64, _INT64, _POINTER)),
             "tc_gelu_rows": (None, (_POINTER, _INT32, _INT64, _INT64, _POINTER)),
         },
@@ -170,7 +170,8 @@ class Tower:
         memory = self._room(depth)
         for one, hidden in zip(patches, out, strict=True):
             picture = _Picture(one.data_ptr(), depth, hidden.data_ptr(), memory, _address(self.nanoseconds))
-            _library().tc_encode(ctypes.addressof(self._struct), ctypes.addressof(picture))
+            failed = _library().tc_encode(ctypes.addressof(self._struct), ctypes.addressof(picture))
+            cpu.check_memory(failed, "a picture's features")
         return out
 
     def profile(self) -> dict[str, float]:

@@ -2,15 +2,18 @@
 // digest of each result. Fails where two instruction sets or two numbers of threads differ. Its output is the same on
 // every machine, so it is compared between a native build, one with sanitizers, and one for another machine. See
 // scripts/check_cpu_kernels.
+#include <atomic>
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <string>
 #include <vector>
 
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "pool.h"
 #include "program.h"
 
 namespace {
@@ -110,6 +113,33 @@ bool check(const Shape& shape, Random& random) {
     return good;
 }
 
+// A thread that finds no memory ends the job on all of them, wherever they are in it, and the next job runs.
+bool check_failures() {
+    bool good = true;
+    for (int threads = 1; threads <= 4; ++threads) {
+        tc_set_threads(threads);
+        for (int failing = 0; failing < threads; ++failing)
+            for (int after = 0; after < 4; ++after) {
+                std::atomic<int> past{0};
+                const bool done = tinychat::run([&](tinychat::Team& team) {
+                    for (int round = 0; round < 4; ++round) {
+                        if (round == after && (team.index() == failing || failing == 3)) throw std::bad_alloc();
+                        team.barrier();
+                        if (round >= after) past.fetch_add(1);
+                    }
+                });
+                std::atomic<int> ran{0};
+                const bool next = tinychat::run([&](tinychat::Team& team) {
+                    team.barrier();
+                    ran.fetch_add(1);
+                });
+                good &= !done && past.load() == 0 && next && ran.load() == threads;
+            }
+    }
+    std::printf("jobs without memory: %s\n", good ? "end" : "do not end");
+    return good;
+}
+
 bool runs_in_a_child(const tc_weights& w, const std::vector<float>& x, const std::vector<float>& bias) {
     const std::vector<float> here = run(w, x, bias, 9, 0);
     const pid_t child = fork();
@@ -139,6 +169,7 @@ int main(int count, char** arguments) {
     bool good = true;
     tc_set_least_work(0);
     for (const Shape& shape : kShapes) good &= check(shape, random);
+    good &= check_failures();
     good &= check_towers();
     good &= check_decoders();
     if (count > 1 && std::strcmp(arguments[1], "fork") == 0) good &= check_fork(random);

@@ -299,11 +299,12 @@ size_t tc_step_memory(const tc_decoder* decoder, int64_t rows, int64_t count, in
     return arena.used();
 }
 
-void tc_forward(const tc_decoder* decoder, const tc_cache* cache, const tc_step* step) {
+int tc_forward(const tc_decoder* decoder, const tc_cache* cache, const tc_step* step) {
     Arena arena(step->memory);
     const Buffers buffers(*decoder, step->rows, step->count, longest_row(*step), arena);
-    run([&](Team& team) { Forward(team, *decoder, *cache, *step, buffers).run(); },
-        layer_work(*decoder, step->rows * step->count));
+    const bool done = run([&](Team& team) { Forward(team, *decoder, *cache, *step, buffers).run(); },
+                          layer_work(*decoder, step->rows * step->count));
+    return done ? 0 : 1;
 }
 
 }  // extern "C"

@@ -90,7 +90,8 @@ typedef struct tc_step {
 // Bytes that a step of this shape needs, where the longest row has `longest` tokens after it.
 TINYCHAT_EXPORT size_t tc_step_memory(const tc_decoder* decoder, int64_t rows, int64_t count, int64_t longest);
 
-TINYCHAT_EXPORT void tc_forward(const tc_decoder* decoder, const tc_cache* cache, const tc_step* step);
+// Returns as tc_linear does.
+TINYCHAT_EXPORT int tc_forward(const tc_decoder* decoder, const tc_cache* cache, const tc_step* step);
 
 // Attention alone. q and y [rows, count, heads, head_dim]; keys and values as in tc_cache. Returns as tc_linear does.
 typedef struct tc_attention_shape {

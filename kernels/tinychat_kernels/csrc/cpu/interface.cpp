@@ -87,19 +87,18 @@ int tc_linear(const tc_weights* w, const float* x, int64_t ldx, int64_t rows, fl
               const float* bias, int exact) {
     const int64_t work = rows * w->inputs * w->outputs;
     if (exact != 0) {
-        run([&](Team& team) { linear_exact(team, *w, x, ldx, rows, y, ldy, bias); }, work);
-        return 0;
+        return run([&](Team& team) { linear_exact(team, *w, x, ldx, rows, y, ldy, bias); }, work) ? 0 : 1;
     }
     const size_t size = quantized_size(rows, w->inputs, w->group);
     void* memory = rows_memory(size);
     if (size != 0 && memory == nullptr) return 1;
     const Quantized rounded = quantized_at(memory, rows, w->inputs, w->group);
-    run([&](Team& team) {
+    const bool done = run([&](Team& team) {
         quantize(team, x, ldx, rows, w->inputs, w->group, rounded);
         team.barrier();
         linear(team, *w, rounded, rows, y, ldy, bias);
     }, work);
-    return 0;
+    return done ? 0 : 1;
 }
 
 int tc_quantize(const float* x, int64_t rows, int64_t inputs, int64_t group, int8_t* values, float* scales) {

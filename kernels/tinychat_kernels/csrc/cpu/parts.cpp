@@ -46,8 +46,7 @@ int tc_attention(const tc_attention_shape* s, const float* q, const void* keys, 
     a.scale = s->scale;
     a.kind = Kind(s->kind);
     a.memory = memory.get();
-    run([&](Team& team) { attention(team, a); });
-    return 0;
+    return run([&](Team& team) { attention(team, a); }) ? 0 : 1;
 }
 
 void tc_norm(float* x, const float* add, const float* weight, float eps, int64_t rows, int64_t n, float* y) {

@@ -58,14 +58,17 @@ class Pool {
   public:
     explicit Pool(int count) : count_(count) {}
 
-    void run(Job job, void* context) {
+    bool run(Job job, void* context) {
         std::lock_guard<std::mutex> lock(mutex_);
         start_workers();
         job_ = job;
         context_ = context;
         counter_.store(0, std::memory_order_relaxed);
+        failed_.store(false, std::memory_order_relaxed);
+        left_.store(0, std::memory_order_relaxed);
         start_.advance();
         execute(0);
+        return !failed_.load(std::memory_order_relaxed);
     }
 
     void resize(int count) {
@@ -89,8 +92,11 @@ class Pool {
         }
         arrived_.store(0, std::memory_order_relaxed);
         counter_.store(0, std::memory_order_relaxed);
+        over_ = left_.load(std::memory_order_relaxed) == count;
         round_.advance();
     }
+
+    bool failed() const { return failed_.load(std::memory_order_relaxed); }
 
     int64_t next() { return counter_.fetch_add(1, std::memory_order_relaxed); }
 
@@ -99,9 +105,16 @@ class Pool {
         DefaultFloatMode mode;
         inside_job = true;
         Team team(this, index, count_);
-        job_(team, context_);
+        try {
+            job_(team, context_);
+        } catch (const std::bad_alloc&) {
+            failed_.store(true, std::memory_order_relaxed);
+        }
         inside_job = false;
-        barrier();
+        left_.fetch_add(1, std::memory_order_relaxed);
+        do {
+            barrier();  // with those who are still inside, which need this thread at each of theirs
+        } while (!over_);
     }
 
     void start_workers() {
@@ -141,6 +154,9 @@ class Pool {
     bool quit_ = false;
     Gate start_;
     Gate round_;
+    std::atomic<bool> failed_{false};
+    std::atomic<int> left_{0};  // threads that are through with the job, one way or the other
+    bool over_ = false;         // whether all were when they last met at a barrier
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<int64_t> counter_{0};
 };
@@ -170,22 +186,26 @@ Pool& pool() {
 }  // namespace
 
 void Team::barrier() {
-    if (pool_ != nullptr) pool_->barrier();
-    else own_counter_ = 0;
+    own_counter_ = 0;
+    if (pool_ == nullptr) return;
+    pool_->barrier();
+    if (pool_->failed()) throw std::bad_alloc();
 }
 
 int64_t Team::next() { return pool_ != nullptr ? pool_->next() : own_counter_++; }
 
 void* Team::scratch(Scratch who, size_t bytes) { return scratch_memory[static_cast<size_t>(who)].at_least(bytes); }
 
-void run(Job job, void* context, int64_t work) {
-    if (!inside_job && work >= least_work.load(std::memory_order_relaxed)) {
-        pool().run(job, context);
-        return;
-    }
+bool run(Job job, void* context, int64_t work) {
+    if (!inside_job && work >= least_work.load(std::memory_order_relaxed)) return pool().run(job, context);
     DefaultFloatMode mode;
     Team alone(nullptr, 0, 1);
-    job(alone, context);
+    try {
+        job(alone, context);
+    } catch (const std::bad_alloc&) {
+        return false;
+    }
+    return true;
 }
 
 void set_least_work(int64_t work) { least_work.store(work, std::memory_order_relaxed); }

@@ -25,7 +25,8 @@ class Team {
     int index() const { return index_; }
     int count() const { return count_; }
 
-    // Waits for all threads of the team. What they wrote before it, everyone reads after it.
+    // Waits for all threads of the team. What they wrote before it, everyone reads after it. Throws std::bad_alloc
+    // where one of them found no memory: nobody goes on with what it has not written.
     void barrier();
 
     // 0, 1, 2, ... handed out over all threads; starts anew at each barrier and at the start of a job. So two
@@ -41,6 +42,7 @@ class Team {
     }
 
     // At least `bytes` of this thread's own, aligned to 64 bytes, contents undefined; valid until a larger request.
+    // Throws std::bad_alloc.
     void* scratch(Scratch who, size_t bytes);
 
   private:
@@ -54,16 +56,17 @@ using Job = void (*)(Team&, void* context);
 
 // Runs job(team, context) on every thread of the pool and returns when all are done. Callers wait for each other;
 // a job that calls run() itself gets a team of one. So does one with less `work` (about as many int8 products, or
-// bytes read) than waking others is worth: it waits for nobody.
+// bytes read) than waking others is worth: it waits for nobody. Returns whether there was memory for it: a job that
+// throws std::bad_alloc, on whatever threads, ends on all of them.
 constexpr int64_t kMuchWork = INT64_MAX;
-void run(Job job, void* context, int64_t work = kMuchWork);
+bool run(Job job, void* context, int64_t work = kMuchWork);
 
 // The same with a callable: run([&](Team& team) { ... }).
 template <class Body, class = std::enable_if_t<std::is_invocable_v<Body&, Team&>>>
-void run(Body&& body, int64_t work = kMuchWork) {
+bool run(Body&& body, int64_t work = kMuchWork) {
     using Plain = std::remove_reference_t<Body>;
-    run([](Team& team, void* context) { (*static_cast<Plain*>(context))(team); },
-        const_cast<void*>(static_cast<const void*>(&body)), work);
+    return run([](Team& team, void* context) { (*static_cast<Plain*>(context))(team); },
+               const_cast<void*>(static_cast<const void*>(&body)), work);
 }
 
 // The work from which on a job gets the whole team; 0: always.

@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 // Raised when a signature or a layout below changes: Python refuses a library of another number.
-#define TC_ABI 3
+#define TC_ABI 4
 
 enum tc_scale { TC_F16 = 0, TC_BF16 = 1, TC_F32 = 2, TC_I8 = 3 };  // TC_I8: keys and values alone
 

@@ -261,10 +261,10 @@ size_t tc_picture_memory(const tc_tower* tower, int64_t layers) {
     return arena.used();
 }
 
-void tc_encode(const tc_tower* tower, const tc_picture* picture) {
+int tc_encode(const tc_tower* tower, const tc_picture* picture) {
     Arena arena(picture->memory);
     const Buffers buffers(*tower, picture->layers, arena);
-    run([&](Team& team) { Encode(team, *tower, *picture, buffers).run(); }, layer_work(*tower));
+    return run([&](Team& team) { Encode(team, *tower, *picture, buffers).run(); }, layer_work(*tower)) ? 0 : 1;
 }
 
 void tc_layer_norm_rows(float* x, const float* add, const tc_layer_norm* norm, float eps, int64_t rows, int64_t n,

@@ -71,7 +71,8 @@ typedef struct tc_picture {
 
 TINYCHAT_EXPORT size_t tc_picture_memory(const tc_tower* tower, int64_t layers);
 
-TINYCHAT_EXPORT void tc_encode(const tc_tower* tower, const tc_picture* picture);
+// Returns as tc_linear does.
+TINYCHAT_EXPORT int tc_encode(const tc_tower* tower, const tc_picture* picture);
 
 // For each of `rows` rows of n numbers, on the calling thread; layer_norm: x += add unless NULL, y = the norm of x.
 TINYCHAT_EXPORT void tc_layer_norm_rows(float* x, const float* add, const tc_layer_norm* norm, float eps, int64_t rows,
