@@ -267,7 +267,7 @@ def test_falling_back_is_said_with_a_remedy_unless_it_was_asked_for(folder: Path
     assert notes(folder) == ()
     monkeypatch.setattr(cpu, "available", lambda: (False, "no C++ compiler was found"))
     sentence = "4-bit layers run in plain torch, which is slow (cpu is off: no C++ compiler was found); "
-    assert notes(folder) == (f"{sentence}install a C++ compiler, or give --dequantize",)
+    assert notes(folder) == (f"{sentence}install a C++ compiler if there is none, or give --dequantize",)
     assert notes(folder, dequantize=True) == ()
     monkeypatch.setenv("TINYCHAT_BACKEND", "ref")
     assert notes(folder) == ()

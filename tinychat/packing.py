@@ -113,7 +113,11 @@ def notes_of(source: Source, placement: Placement) -> list[str]:
         return []
     device = placement.main_device.type
     if (why := registry.fallback(device)) is not None:
-        remedy = "install a C++ compiler, or give --dequantize" if device == "cpu" else "see `tinychat doctor`"
+        remedy = (
+            "install a C++ compiler if there is none, or give --dequantize"
+            if device == "cpu"
+            else "see `tinychat doctor`"
+        )
         return [f"4-bit layers run in plain torch, which is slow ({why}); {remedy}"]
     return _odd_threads(placement.threads) if device == "cpu" and registry.chosen().name == "cpu" else []
 

@@ -204,7 +204,8 @@ def _run(command: Sequence[str], out: Path) -> None:
             said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             killed = done.returncode < 0 or shutil.disk_usage(out.parent).free == 0
             kind = BuildError if killed else CompilerError
-            raise kind(f"{command[0]} cannot compile the CPU kernels: {' | '.join(said[:SHOWN_LINES])}")
+            why = " | ".join(said[:SHOWN_LINES]) or f"exit code {done.returncode}"
+            raise kind(f"{command[0]} cannot compile the CPU kernels: {why}")
         with _writing(out.parent):
             Path(name).chmod(0o755)
             with Path(name).open("rb") as file:
