@@ -7,6 +7,7 @@ one step leaves the inputs of the next. The same launches run in the emulator.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -163,6 +164,7 @@ class Step:
         self._ran = False
         self.greedy = True  # whether `chances` are zeros
         device = decoder.weights.embeddings.device
+        self._captures_on = device if device.type == "cuda" else None
         with torch.inference_mode(False):  # else what is made there could be written to nowhere else
             self.state = torch.zeros((4, rows), dtype=torch.int32, device=device)
             self.chances = torch.zeros((2, rows), dtype=torch.float32, device=device)
@@ -174,16 +176,32 @@ class Step:
 
     def run(self) -> None:
         """Compute from `inputs` to `logits`, and with `draws` to the next `state`."""
-        if self._graph is not None:
-            self._graph.replay()
-        elif not self._ran or not self.inputs.is_cuda:  # the first run compiles what is not compiled
+        if self._captures_on is None:
             self._launches()
-            self._ran = True
-        else:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            return
+        with torch.cuda.device(self._captures_on):
+            if self._ran and self._graph is None:  # the first run compiles what is not compiled
+                self._graph = self._captured(self._captures_on)
+            if self._graph is not None:
+                self._graph.replay()
+            else:
                 self._launches()
-            self._graph.replay()
+        self._ran = True
+
+    def _captured(self, device: torch.device) -> torch.cuda.CUDAGraph | None:
+        """The launches as a graph; None, and from then on no further try, where they cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(device)),  # which a capture that fails does not put back
+                torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+            ):
+                self._launches()
+        except (KernelError, RuntimeError) as error:
+            self._captures_on = None
+            warnings.warn(f"a step of {self.inputs.shape[1]} rows runs launch by launch: {error}", stacklevel=3)
+            return None
+        return graph
 
     @torch.no_grad()
     def _launches(self) -> None:
