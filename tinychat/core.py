@@ -101,6 +101,9 @@ class SamplingParams:
             value: float = getattr(self, name)
             _check(name, value, -2 <= value <= 2, "from -2 to 2")
         _check("top_n_tokens", self.top_n_tokens, self.top_n_tokens >= 0, "0 (off) or more")
+        for token, value in self.logit_bias.items():
+            if type(token) is not int or type(value) not in (int, float) or token >= 2**31:
+                raise UsageError(f"logit_bias has {token!r}: {value!r}", "give token ids below 2^31, and numbers")
         if self.seed is not None:
             _check("seed", self.seed, 0 <= self.seed < 2**64, "from 0 to 2^64 - 1")
 
@@ -144,6 +147,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.truncate is not None:
             _check("truncate", self.truncate, self.truncate >= 1, "1 or more")
+        if type(self.priority) is not int:
+            raise UsageError(f"the priority is {self.priority!r}", "give a whole number")
         if self.deadline is not None:
             _check("deadline", self.deadline, self.deadline > 0, "above 0")
         if bool(self.messages) == bool(self.parts):
@@ -221,7 +226,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer. `text` is what the Token events and `tail` add up to; `token_ids` exclude the EOS."""
+    """The end of an answer. `text` is what the Token events and `tail` add up to; `token_ids` exclude the EOS.
+
+    `prompt_logprobs` are one a token of the prompt, the first nan, where the request wanted them.
+    """
 
     request_id: str
     text: str
@@ -231,6 +239,7 @@ class Finished:
     usage: Usage
     timings: Timings
     seed: int | None
+    prompt_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
