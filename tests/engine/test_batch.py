@@ -228,6 +228,8 @@ def test_forward_takes_padded_ids(lm: CausalLM) -> None:
         lm.forward(batch.input_ids, torch.zeros_like(mask), None)
     with pytest.raises(UsageError, match="adapter data is given"):
         lm.forward(batch.input_ids, mask, None, None, object())
+    with pytest.raises(UsageError, match="the mask has padding behind tokens; pad on the left"):
+        lm.forward(batch.input_ids, mask.flip(1), None)
 
 
 # Edge cases 8, 10, 16 and what a step tells

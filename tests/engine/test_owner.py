@@ -88,9 +88,10 @@ def test_a_stream_is_cancelled_from_another_thread(lm: CausalLM) -> None:
 def test_closing_ends_every_answer(lm: CausalLM) -> None:
     owner = Owner(Scheduler(lm))
     streams = [owner.submit(request(name, tokens=140)) for name in "ab"]
-    next(iter(streams[0]))
+    reader = iter(streams[0])
+    next(reader)
     owner.close()
-    ends = [list(stream)[-1] for stream in streams]
+    ends = [[*reader][-1], [*streams[1]][-1]]
     assert all(isinstance(end, Finished) and end.finish_reason == "cancelled" for end in ends)
     (failed,) = owner.submit(request("late"))
     assert isinstance(failed, Failed) and failed.message == "the engine has stopped"
@@ -111,7 +112,8 @@ def test_an_error_of_ours_reaches_every_reader_and_who_closes(lm: CausalLM, monk
 def test_what_cannot_be_taken_in_is_told(lm: CausalLM) -> None:
     with Owner(Scheduler(lm, queue=0)) as owner:
         first = owner.submit(request("a", tokens=140))
-        next(iter(first))
+        reader = iter(first)
+        next(reader)
         (failed,) = owner.submit(request("b"))
         assert isinstance(failed, Failed) and failed.message == "1 requests are being answered and 0 wait already"
         first.cancel()
@@ -121,3 +123,45 @@ def test_what_cannot_be_taken_in_is_told(lm: CausalLM) -> None:
             owner.submit(request("a"))
         stream.cancel()
         assert isinstance(list(stream)[-1], Finished)
+
+
+def test_a_cancel_counts_before_the_request_is_taken_in(lm: CausalLM) -> None:
+    with Owner(Scheduler(lm, chunk=1)) as owner:
+        owner.submit(request("long", "word " * 20, tokens=60))
+        stream = owner.submit(request("a", tokens=60))
+        stream.cancel()
+        end = list(stream)[-1]
+        assert isinstance(end, Finished) and end.finish_reason == "cancelled" and len(end.token_ids) < 60
+
+
+def test_a_cancel_after_the_end_is_not_the_next_ones(lm: CausalLM) -> None:
+    with Owner(Scheduler(lm)) as owner:
+        for _ in range(3):
+            stream = owner.submit(request("again"))
+            assert len(ids(list(stream))) == 6
+            stream.cancel()
+            assert list(stream) == []
+
+
+def test_a_reader_that_leaves_cancels(lm: CausalLM) -> None:
+    with Owner(Scheduler(lm)) as owner:
+        for event in owner.submit(request("a", tokens=140)):
+            if isinstance(event, Token):
+                break
+        assert len(ids(list(owner.submit(request("b"))))) == 6
+    assert owner.scheduler.held_tokens < 140
+
+
+def test_an_event_loop_that_closes_harms_nobody(lm: CausalLM) -> None:
+    """A reader's loop ends in the middle of its answer; another reader gets its own to the end."""
+
+    async def first(owner: Owner) -> None:
+        async for event in owner.submit(request("gone", tokens=140)):
+            if isinstance(event, Token):
+                return
+
+    with Owner(Scheduler(lm, rows=2)) as owner:
+        other = owner.submit(request("other", tokens=100))
+        asyncio.run(first(owner))
+        assert len(ids(list(other))) == 100
+        assert len(ids(list(owner.submit(request("next"))))) == 6

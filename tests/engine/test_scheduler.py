@@ -397,3 +397,120 @@ def test_a_token_tells_its_rivals_and_what_it_was_drawn_from(lm: CausalLM) -> No
         )
         assert token.processed_logprob is not None and token.processed_logprob != token.logprob
         assert all(one.text or one.id for one in token.top)
+
+
+# Errors in the middle of a step
+
+
+def test_an_error_in_the_first_draw_leaves_the_others_and_a_usable_engine(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinychat.engine import scheduler as module
+
+    engine, real, count = Engine(lm.model, lm.reader, context=CONTEXT, rows=2), module.draw, [0]
+
+    def broken(*given: Any) -> Any:
+        count[0] += 1
+        if count[0] == 2:
+            raise RuntimeError("a bug")
+        return real(*given)
+
+    monkeypatch.setattr(module, "draw", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(engine.run([request("a"), request("b", "x")]))
+    assert not engine.scheduler.busy and len(engine.scheduler._slots) == 2
+    assert said(list(engine.run([request("a"), request("b", "x")]))) == alone(lm, request("a"), request("b", "x"))
+
+
+def test_memory_that_runs_out_makes_some_wait(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows are too many for the device, two are not."""
+    requests = [
+        request("a", tokens=9),
+        request("b", "x", tokens=9),
+        request("c", "y", tokens=9, temperature=1.0, seed=3),
+    ]
+    expected, real = alone(lm, *requests), type(lm.model).decode
+
+    def small(self: Any, ids: Any, cache: Any) -> Any:
+        if len(ids) > 2:
+            raise MemoryError
+        return real(self, ids, cache)
+
+    monkeypatch.setattr(type(lm.model), "decode", small)
+    scheduler = Scheduler(lm, rows=3)
+    assert said(run(scheduler, *requests)) == expected and scheduler.preempted > 0
+    monkeypatch.setattr(type(lm.model), "decode", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    (end,) = ends(run(Scheduler(lm), request("a"))).values()
+    assert isinstance(end, Failed) and "memory ran out" in end.message
+
+
+def test_memory_that_runs_out_at_a_picture_fails_it_alone(
+    lm: CausalLM, pictures: list[Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(lm.reader), "pixels", full)
+    found = ends(run(Scheduler(lm, rows=2), request("p", pictures[0]), request("t")))
+    assert (
+        isinstance(found["p"], Failed) and "memory ran out" in found["p"].message and isinstance(found["t"], Finished)
+    )
+
+
+def test_a_head_of_the_queue_that_must_wait_empties_no_free_row(lm: CausalLM) -> None:
+    scheduler = Scheduler(lm, rows=3, kv_tokens=150, between=8)
+    run(scheduler, request("idle", "a conversation that goes on later"))
+    scheduler.submit(request("speaks", "word " * 12, tokens=20))
+    list(scheduler.step())
+    scheduler.submit(request("large", "other " * 16))
+    before = scheduler._slots.tokens
+    for _ in range(4):
+        list(scheduler.step())
+    assert scheduler._slots.tokens == before > 0
+    large = ends(run(scheduler))["large"]
+    assert isinstance(large, Finished) and len(large.token_ids) == 6
+
+
+def test_only_as_many_make_way_as_must(lm: CausalLM) -> None:
+    calm = [request(f"c{i}", f"{i}", tokens=30) for i in range(3)]
+    urgent = request("urgent", "quick", tokens=3, priority=1)
+    scheduler = Scheduler(lm, rows=3)
+
+    def hurry(step: int) -> None:
+        if step == 5:
+            scheduler.submit(urgent)
+
+    assert said(run(scheduler, *calm, between=hurry)) == alone(lm, *calm, urgent)
+    assert scheduler.preempted == 1
+
+
+def test_a_text_does_not_wait_for_all_pictures_of_another(lm: CausalLM, pictures: list[Image]) -> None:
+    events = run(Scheduler(lm, rows=2), request("album", *pictures, "what?"), request("text", "x"))
+    looks = [i for i, e in enumerate(events) if isinstance(e, Progress) and e.stage == "vision"]
+    first = next(i for i, e in enumerate(events) if isinstance(e, Token) and e.request_id == "text")
+    assert looks[0] < first < looks[-1]
+
+
+def test_prompt_logprobs_come_with_the_end(lm: CausalLM) -> None:
+    (end,) = ends(run(Scheduler(lm, chunk=3), request("a", "one two three four", prompt_logprobs=True))).values()
+    assert isinstance(end, Finished) and len(end.prompt_logprobs) == end.usage.prompt_tokens
+    assert all(value < 0 for value in end.prompt_logprobs[1:])
+
+
+def test_a_second_run_beside_the_first_is_refused(lm: CausalLM) -> None:
+    engine = Engine(lm.model, lm.reader, context=CONTEXT)
+    first = engine.run([request("a")])
+    next(first)
+    with pytest.raises(UsageError, match="the engine is answering already"):
+        next(engine.run([request("b")]))
+    assert isinstance([*first][-1], Finished)
+
+
+def test_no_rows_and_no_chunks_are_refused(lm: CausalLM) -> None:
+    with pytest.raises(UsageError, match="0 rows, chunks of 512 and 64 tokens are asked for"):
+        Scheduler(lm, rows=0)
+
+
+def test_a_prompt_beyond_all_memory_names_it(lm: CausalLM) -> None:
+    (end,) = ends(run(Scheduler(lm, kv_tokens=8), request("a", "many words in a row"))).values()
+    assert isinstance(end, Failed) and "all rows together hold 8" in end.message and "KV memory" in end.remedy

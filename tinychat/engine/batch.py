@@ -32,14 +32,14 @@ class CausalLMBatch:
 
     With B rows of `input_lengths` L, M the longest, and P the tokens that may still come (padding_right_offset):
     attention_mask is `[B, M + P]`, input_ids and position_ids `[B, M]` before the prefill and `[B, 1]` after it.
-    filter and concatenate give new batches; the rows' samplers and stopping criteria go with them.
+    filter and concatenate give new batches. Rows go with them, samplers and stopping criteria included: after the next
+    step of a new batch the one that it came from is out of date.
     """
 
     batch_id: int
     rows: tuple[Row, ...]
     past_key_values: Cache | None = None
     pad_id: int = 0
-    keys_head_dim_last: bool = True
 
     @classmethod
     def from_pb(
@@ -127,6 +127,11 @@ class CausalLMBatch:
         return AdapterBatchMetadata.of([row.adapter for row in self.rows])
 
     @property
+    def keys_head_dim_last(self) -> bool:
+        """Whether keys are `[..., S, D]`: of every cache here; see foreign_cache.KVLayout for BLOOM's of old."""
+        return True
+
+    @property
     def max_input_length(self) -> int:
         return max(self.input_lengths)
 
@@ -186,11 +191,11 @@ class CausalLMBatch:
         """The rows at these indices, in this order."""
         past = None if self.past_key_values is None else self.past_key_values.select(indices)
         rows = tuple(self.rows[i] for i in indices)
-        return CausalLMBatch(self.batch_id, rows, past, self.pad_id, self.keys_head_dim_last)
+        return CausalLMBatch(self.batch_id, rows, past, self.pad_id)
 
     def prefilled(self, past: Cache) -> CausalLMBatch:
         """The same rows, whose prompts are in a cache."""
-        return CausalLMBatch(self.batch_id, self.rows, past, self.pad_id, self.keys_head_dim_last)
+        return CausalLMBatch(self.batch_id, self.rows, past, self.pad_id)
 
     @classmethod
     def concatenate(cls, batches: Sequence[CausalLMBatch]) -> CausalLMBatch:
@@ -204,7 +209,7 @@ class CausalLMBatch:
         if len({row.id for row in rows}) < len(rows):
             raise UsageError("two rows have the same request id", "give every request an id of its own")
         first = batches[0]
-        return cls(first.batch_id, rows, type(pasts[0]).cat(pasts), first.pad_id, first.keys_head_dim_last)
+        return cls(first.batch_id, rows, type(pasts[0]).cat(pasts), first.pad_id)
 
     def check(self) -> None:
         """Raise AssertionError unless mask, positions, lengths and cache belong together."""

@@ -101,11 +101,13 @@ class CausalLM:
         """Ids `[B, T]` padded on the left, with mask and positions -> logits `[B, T, V]`, and the cache with them.
 
         Logits at the padding are 0. Without a cache one is made; one that is given is written to. Raises UsageError for
-        adapter data, a row of padding alone, and positions that do not follow the cache's lengths.
+        adapter data, a row of padding alone, padding on the right, and positions that are not the cache's next ones.
         """
         if adapter_data is not None:
             raise UsageError("adapter data is given, and the model has no adapters", "leave it out")
         rows, width = input_ids.shape
+        if (attention_mask[:, -width:].diff(dim=1) < 0).any():
+            raise UsageError("the mask has padding behind tokens", "pad on the left")
         counts = [int(count) for count in attention_mask[:, -width:].sum(1)]
         if min(counts) < 1:
             raise UsageError("a row is padding alone", "give every row one token or more")
@@ -209,6 +211,7 @@ class CausalLM:
             if isinstance(drawn, TinychatError):
                 row.error = drawn
                 continue
+            row.prompt_logprobs = row.prompt_logprobs if prompt is None else tuple(prompt)
             generation = self._generation(row, drawn, prompt)
             if i % self.world_size == self.rank:
                 made.append(generation)
@@ -242,7 +245,8 @@ class CausalLM:
 
 def draw(rows: Sequence[Row], logits: Tensor) -> list[Drawn]:
     """Logits `[B, V]` -> each row's next token, drawn by its own sampler, or why there is none."""
-    found = draw_rows([row.chooser for row in rows], logits, [row.generated for row in rows])
+    with running():
+        found = draw_rows([row.chooser for row in rows], logits, [row.generated for row in rows])
     return [[one] if isinstance(one, Draw) else one for one in found]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from tinychat.core import Event, Failed, Finished, Request
 from tinychat.engine.causal_lm import CausalLM
 from tinychat.engine.scheduler import CHUNK, Scheduler
-from tinychat.errors import TinychatError
+from tinychat.errors import TinychatError, UsageError
 
 CONTEXT = 4096
 
@@ -63,6 +63,8 @@ class Engine:
         return self._run(iter(requests))
 
     def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
+        if self._going:
+            raise UsageError("the engine is answering already", "read that to its end, or close it")
         try:
             while True:
                 yield from self._submit(requests)
@@ -73,9 +75,9 @@ class Engine:
                         self._going.discard(event.request_id)
                     yield event
         finally:
-            for request_id in self._going:
+            left, self._going = self._going, set()
+            for request_id in left:
                 self.scheduler.drop(request_id)
-            self._going.clear()
 
     def _submit(self, requests: Iterator[Request]) -> Iterator[Event]:
         """Hand in as many as there are rows."""

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 
 from tinychat.core import Event, Failed, Finished, Request
@@ -17,31 +18,47 @@ STOPPED = CapacityError("the engine has stopped", "start it again")
 
 
 class Stream:
-    """One request's events, for one reader: a plain or an asynchronous iterator. The last one is Finished or Failed."""
+    """One request's events, for one reader: a plain or an asynchronous iterator. The last one is Finished or Failed.
+
+    A reader that stops before that cancels the answer.
+    """
 
     def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
         self.request = request
+        self.ended = False
         self._cancel = cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake: Callable[[], object] | None = None
 
     def __iter__(self) -> Iterator[Event]:
-        event: Event | None = None
-        while not isinstance(event, Finished | Failed):
-            event = self._events.get()
-            yield event
+        try:
+            while not self.ended:
+                yield self._next()
+        finally:
+            self._leave()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(arrived.set)
-        while True:
-            arrived.clear()
-            while not self._events.empty():
-                event = self._events.get()
-                yield event
-                if isinstance(event, Finished | Failed):
-                    return
-            await arrived.wait()
+        try:
+            while not self.ended:
+                arrived.clear()
+                while not (self.ended or self._events.empty()):
+                    yield self._next()
+                if not self.ended:
+                    await arrived.wait()
+        finally:
+            self._wake = None
+            self._leave()
+
+    def _next(self) -> Event:
+        event = self._events.get()
+        self.ended = isinstance(event, Finished | Failed)
+        return event
+
+    def _leave(self) -> None:
+        if not self.ended:
+            self.cancel()
 
     def cancel(self) -> None:
         """End the answer after its current token."""
@@ -51,7 +68,8 @@ class Stream:
         """What the owner says."""
         self._events.put(event)
         if (wake := self._wake) is not None:
-            wake()
+            with suppress(RuntimeError):  # its event loop is closed: nobody reads
+                wake()
 
 
 class Owner:
@@ -61,6 +79,7 @@ class Owner:
         self.scheduler = scheduler
         self.failure: BaseException | None = None
         self._inbox: deque[Stream] = deque()
+        self._cancelled: set[str] = set()
         self._streams: dict[str, Stream] = {}
         self._work = threading.Condition()
         self._closing = False
@@ -93,17 +112,17 @@ class Owner:
         return stream
 
     def cancel(self, request_id: str) -> None:
-        """End an answer after its current token, from any thread."""
+        """End an answer after its current token, from any thread; one that has ended stays as it is."""
         with self._work:
-            self.scheduler.cancel(request_id)
-            self._work.notify()
+            if request_id in self._streams:
+                self._cancelled.add(request_id)
+                self._work.notify()
 
     def close(self) -> None:
         """Cancel what is being answered, and stop. Raises what ended the thread, where that was an error."""
         with self._work:
             self._closing = True
-            for request_id in self._streams:
-                self.scheduler.cancel(request_id)
+            self._cancelled |= self._streams.keys()
             self._work.notify()
         self._thread.join()
         if self.failure is not None:
@@ -124,13 +143,16 @@ class Owner:
         with self._work:
             while not (self._inbox or self.scheduler.busy or self._closing):
                 self._work.wait()
-            arrived = list(self._inbox)
+            arrived, cancelled = list(self._inbox), self._cancelled
             self._inbox.clear()
+            self._cancelled = set()
         for stream in arrived:
             try:
                 self.scheduler.submit(stream.request)
             except TinychatError as error:
                 self._deliver(_failed(stream.request, error))
+        for request_id in cancelled:
+            self.scheduler.cancel(request_id)
         return self.scheduler.busy or not self._closing
 
     def _deliver(self, event: Event) -> None:

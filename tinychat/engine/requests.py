@@ -97,7 +97,11 @@ class TokenReader:
             ids = self.tokenizer("".join(part.text for part in parts if isinstance(part, Text)))["input_ids"]
         else:
             turns = [{"role": message.role, "content": message.text} for message in request.messages]
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+            try:
+                made = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+            except ValueError as error:
+                raise UsageError(f"the messages make no prompt ({error})", "give parts: a raw prompt") from error
+            ids = made["input_ids"]
         if not ids:
             raise UsageError(f"request {request.id} has no tokens", "give it some text")
         return Prompt(tuple(ids))

@@ -45,6 +45,7 @@ class Row:
     ids: list[int] = field(init=False)
     read: int = field(init=False)
     skipped: int = 0
+    prompt_logprobs: tuple[float, ...] = ()
     text: list[str] = field(default_factory=list[str])
     tail: str = ""
     reason: FinishReason | None = None

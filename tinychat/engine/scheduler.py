@@ -18,7 +18,7 @@ from torch import Tensor
 from tinychat.core import Event, Failed, Finished, Generation, Progress, Request, Started, Token, Usage
 from tinychat.engine.causal_lm import CausalLM, CausalLMBatch, draw
 from tinychat.engine.clock import Clock
-from tinychat.engine.prefill import Filling, last_tokens, reads_whole
+from tinychat.engine.prefill import Filling, last_tokens, reads_whole, running
 from tinychat.engine.rows import Row
 from tinychat.engine.slots import Slot, Slots
 from tinychat.errors import CapacityError, TinychatError, UsageError
@@ -78,6 +78,9 @@ class Scheduler:
         self, lm: CausalLM, *, rows: int = 1, chunk: int = CHUNK, between: int = BETWEEN, queue: int | None = None,
         kv_tokens: int | None = None, load_s: float = 0.0,
     ) -> None:  # fmt: skip
+        if min(rows, chunk, between) < 1:
+            sizes = f"{rows} rows, chunks of {chunk} and {between} tokens are asked for"
+            raise UsageError(sizes, "give 1 or more of each")
         self.lm = lm
         self.rows = rows
         self.chunk = chunk
@@ -100,10 +103,10 @@ class Scheduler:
         """Let a request wait for its turn. Raises UsageError for a known id, CapacityError for a full queue."""
         if any(task.id == request.id for task in self._tasks()):
             raise UsageError(f"request {request.id!r} is being answered", "give every request an id of its own")
-        going = len(self._reading) + len(self._decoding)
-        if self.queue is not None and going + len(self._waiting) >= self.rows + self.queue:
-            message = f"{going} requests are being answered and {len(self._waiting)} wait already"
+        if self.queue is not None and self._going + len(self._waiting) >= self.rows + self.queue:
+            message = f"{self._going} requests are being answered and {len(self._waiting)} wait already"
             raise CapacityError(message, "try again later")
+        self._cancelled.discard(request.id)  # one of before that had this id
         self._submitted += 1
         self._waiting.append(Task(request, self._submitted))
 
@@ -183,6 +186,9 @@ class Scheduler:
             prompt, request = self.lm.reader(task.request), task.request
             if request.truncate is not None:
                 prompt = last_tokens(prompt, request.truncate)
+            if len(prompt.ids) >= self.kv_tokens < self.lm.context:
+                held = f"the prompt has {len(prompt.ids)} tokens, all rows together hold {self.kv_tokens}"
+                raise CapacityError(held, "use fewer pictures or words, or allow more KV memory")
             context = min(self.lm.context, self.kv_tokens)
             task.opened = Row.open(self.lm.reader, request, prompt, context, self.lm.device)
 
@@ -209,6 +215,7 @@ class Scheduler:
                 self._withdraw(task)
                 yield _failed(task, error)
                 return
+            self._reading.rotate(-1 if task in self._reading else 0)  # others have their turn
             left -= left if sees else task.read - before
 
     def _look(self, task: Task, filling: Filling) -> Iterator[Event]:
@@ -218,7 +225,7 @@ class Scheduler:
         yield Progress(task.id, "images", done, slots)
         if task.id in self._cancelled:
             return
-        with task.clock.stage("image"):
+        with task.clock.stage("image"), running():
             pixels = self.lm.pixels(filling.prompt, filling.unseen[0])
         with task.clock.stage("vision"):
             filling.look(pixels)
@@ -230,27 +237,24 @@ class Scheduler:
             logits = filling.read(most)
             task.read = filling.computed
         yield Progress(task.id, "prefill", filling.computed, len(filling.prompt.ids))
-        if task.id in self._cancelled:
-            return
-        self._reading.rotate(-1)  # others have their turn
-        if logits is not None:
+        if logits is not None and task.id not in self._cancelled:
             yield from self._join(task, filling, logits)
 
     def _join(self, task: Task, filling: Filling, logits: Tensor) -> Iterator[Event]:
         """Draw the first token of a prompt's answer."""
-        self._reading.remove(task)
-        self._decoding[task.id], task.filling = task, None
         new = CausalLMBatch(0, (task.row,), filling.cache)
-        if task.slot is not None:
-            task.slot.cache = filling.cache.select([])  # the batch alone keeps what was read
         prompt = None if filling.logprobs is None else filling.logprobs.values
         made = self.lm.advance(new, draw(new.rows, logits[None]), [prompt])
-        self._batch = new if self._batch is None else CausalLMBatch.concatenate([self._batch, new])
+        batch = new if self._batch is None else CausalLMBatch.concatenate([self._batch, new])
+        self._reading.remove(task)
+        self._decoding[task.id], self._batch, task.filling = task, batch, None
+        if task.slot is not None:
+            task.slot.cache = filling.cache.select([])  # the batch alone keeps what was read
         yield from self._deliver(made)
 
     def _decode(self) -> Iterator[Event]:
         """A token for every row."""
-        while self._batch is not None and not self._fits(len(self._batch)):
+        while self._batch is not None and not self._fits(self._next_tokens(self._batch)):
             self._preempt(self._least())
         if self._batch is None:
             return
@@ -258,6 +262,9 @@ class Scheduler:
         try:
             made, _ = self.lm.generate_token(self._batch)
         except TinychatError as error:
+            if isinstance(error, CapacityError) and len(going) > 1:
+                self._preempt(self._least())  # memory ran out: fewer rows may do
+                return
             for task in going:
                 self._withdraw(task)
                 yield _failed(task, error)
@@ -289,6 +296,7 @@ class Scheduler:
             usage=Usage(count, row.prompt.image_tokens, task.cached, len(answer)),
             timings=self._timings(task, count - task.cached, max(len(answer) - 1, 0)),
             seed=row.chooser.seed,
+            prompt_logprobs=row.prompt_logprobs,
         )
 
     def _timings(self, task: Task, prefilled: int, decoded: int) -> Any:
@@ -306,6 +314,10 @@ class Scheduler:
         """Tokens of a prompt that are to be read."""
         return 0 if task.filling is None else len(task.filling.prompt.ids) - task.filling.computed
 
+    def _next_tokens(self, batch: CausalLMBatch) -> int:
+        """Tokens that a step adds at most."""
+        return len(batch) if len(batch) > 1 else 1 + self.lm.speculate
+
     def _fits(self, more: int) -> bool:
         """Whether so many tokens more fit; what nobody uses makes way for them."""
         over = self.held_tokens + more - self.kv_tokens
@@ -313,26 +325,28 @@ class Scheduler:
 
     def _slot_for(self, task: Task) -> Slot | None:
         """A row of the pool, and memory beside the others: less urgent ones wait again for it. None: not yet."""
+        others = [*self._reading, *self._decoding.values()]
+        kept = [one for one in others if one.request.priority >= task.request.priority]
+        promised = sum(self._held(one) + self._left(one) for one in kept)
+        needed = len(task.row.ids) + self.between  # or it would soon have to wait again
+        if len(kept) == self.rows or (kept and promised + needed > self.kv_tokens):
+            return None
         while not len(self._slots):
-            if not self._make_way(task):
-                return None
+            self._preempt(self._least())
         anew = task.row.wants_prompt_logprobs or reads_whole(self.lm.model)
         slot = self._slots.take([] if anew else task.keys[:-1])
-        promised = sum(map(self._left, self._reading))
-        needed = len(task.row.ids) + promised + self.between  # or it would soon have to wait again
-        while not self._fits(needed) and (self._reading or self._decoding):
-            if not self._make_way(task):
-                self._slots.give_back(slot, slot.cache, slot.keys)
-                return None
+        while not self._fits(needed + sum(map(self._left, self._reading))) and self._going > len(kept):
+            self._preempt(self._least())
         return slot
 
-    def _make_way(self, task: Task) -> bool:
-        """Let the one that matters least wait again; False where it matters as much as this one."""
-        least = self._least()
-        if least.request.priority >= task.request.priority:
-            return False
-        self._preempt(least)
-        return True
+    @property
+    def _going(self) -> int:
+        """Rows that are read or decoded."""
+        return len(self._reading) + len(self._decoding)
+
+    def _held(self, task: Task) -> int:
+        """Tokens of a row that is read or decoded."""
+        return task.filling.computed if task.filling is not None else len(task.row.ids)
 
     def _least(self) -> Task:
         """The one that matters least of those that are read or decoded."""

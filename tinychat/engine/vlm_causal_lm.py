@@ -106,7 +106,7 @@ class VlmCausalLMBatch(CausalLMBatch):
         if self.pictures is None:
             return plain
         pictures = tuple(self.pictures[i] for i in indices)
-        return VlmCausalLMBatch(plain.batch_id, plain.rows, None, plain.pad_id, plain.keys_head_dim_last, pictures)
+        return VlmCausalLMBatch(plain.batch_id, plain.rows, None, plain.pad_id, pictures)
 
 
 class VlmCausalLM(CausalLM):
@@ -132,7 +132,10 @@ class VlmCausalLM(CausalLM):
             raise UsageError(asked, "give an empty adapter_id: the model speaks for itself")
         if kwargs:
             raise UsageError(f"{', '.join(sorted(kwargs))} is not known", "leave it out")
-        if hasattr(model_class, "make_cache"):
+        ours = hasattr(model_class, "make_cache")
+        if ours and (processor_class is not AutoProcessor or processor_kwargs):
+            raise UsageError(f"{model_class.__name__} has a processor of its own", "leave processor_class out")
+        if ours:
             opened = open_model(model_id, revision, None, dtype, trust_remote_code)
         else:
             opened = open_foreign(
