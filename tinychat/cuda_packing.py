@@ -30,8 +30,12 @@ def applies(source: Source, placement: Placement) -> bool:
 
     Raises KernelError for a TINYCHAT_BACKEND that does not run there.
     """
-    on_gpu = placement.main_device.type == "cuda" and not placement.dequantize
-    return on_gpu and source.spec is not None and registry.chosen("cuda").name == "cuda"
+    from tinychat_kernels.cuda_gpu import current
+
+    if placement.main_device.type != "cuda" or placement.dequantize or source.spec is None:
+        return False
+    with current(placement.main_device):
+        return registry.chosen("cuda").name == "cuda"
 
 
 def prepare(model: nn.Module, source: Source, placement: Placement) -> None:

@@ -7,6 +7,7 @@ outputs are compared with ref's; a shape that fails is computed by plain torch f
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -44,17 +45,29 @@ TOLERANCE = 5e-3
 
 
 def available() -> tuple[bool, str]:
-    """Whether the kernels run on this machine's GPU, and by what they are compiled, or why not. May compile one."""
+    """Whether the kernels run on torch's current GPU, and by what they are compiled, or why not. May compile one.
+
+    For a model's own GPU: within `cuda_gpu.current`.
+    """
     if (reason := why_none()) is not None:
         return False, reason
-    try:
-        device = gpu(torch.cuda.current_device())
-        device.load("norm")
-    except KernelError as error:
-        return False, str(error)
+    index = torch.cuda.current_device()
+    if (reason := _trouble(index)) is not None:
+        return False, reason
+    device = gpu(index)
     failed = cuda_checks.failures(device)
     said = f"; {len(failed)} shapes failed their check and run on ref: {failed[0]}" if failed else ""
     return True, f"{torch.cuda.get_device_name(device.index)}, {device.target.arch}, {device.made_by}{said}"
+
+
+@functools.cache
+def _trouble(index: int) -> str | None:
+    """Why the kernels do not run on a GPU at all; tried once."""
+    try:
+        gpu(index).load("norm")
+    except KernelError as error:
+        return str(error)
+    return None
 
 
 def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -63,7 +76,7 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"activations are {dtype}; the CUDA kernels take float16 and bfloat16"
     if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < BF16_FROM:
         return "this GPU has no products of bfloat16: give --dtype float16"
-    return None
+    return _trouble(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def pack(weights: AwqGemm, spec: QuantSpec) -> Packed:
@@ -235,26 +248,33 @@ def passed(device: Gpu, packed: Packed, dtype: torch.dtype, rows: int) -> bool:
     """Whether a shape's check has passed on this GPU: made at first use, and not while a graph is captured."""
     sizes = f"{packed.inputs}x{packed.outputs} g{packed.group} {packed.scale}".replace("torch.", "")
     name = f"{variant(rows, packed.bits)} {packed.bits} bits {sizes} {dtype}".replace("torch.", "")
-    return _passed(device, name, lambda: check(device, packed, dtype, rows))
+    return _passed(device, name, lambda: check(device, packed, dtype, rows, device.processors))
 
 
 def _passed(device: Gpu, name: str, examine: Callable[[], str | None]) -> bool:
     def wrong() -> str | None:
-        reason = examine()
+        stopped: KernelError | None = None
+        try:
+            reason = examine()
+        except KernelError as error:
+            reason, stopped = f"does not run ({error})", error
         if reason is not None:
             warnings.warn(f"{name} {reason} and runs on plain torch: see `tinychat doctor`", stacklevel=2)
+        if stopped is not None:
+            raise stopped
         return reason
 
     return cuda_checks.passed(device, name, wrong)
 
 
-def check(launch: Launch, packed: Packed, dtype: torch.dtype, rows: int) -> str | None:
+def check(launch: Launch, packed: Packed, dtype: torch.dtype, rows: int, processors: int = 1) -> str | None:
     """What is wrong with the last of so many rows in 64 outputs, and whether any output was left out; None: nothing."""
     device = packed.words.device
     generator = torch.Generator().manual_seed(packed.outputs)
     x = torch.randn((rows, packed.inputs), generator=generator).to(device, dtype)
+    bias = torch.randn(packed.outputs, generator=generator).to(device, dtype)
     out = torch.full((rows, packed.outputs), float("nan"), dtype=dtype, device=device)
-    launch_linear(launch, x, packed, None, out)
+    launch_linear(launch, x, packed, bias, out, processors)
     count = len(packed.words)
     tiles = sorted({i * (count - 1) // (CHECKED_TILES - 1) for i in range(CHECKED_TILES)})
     part = replace(
@@ -262,8 +282,9 @@ def check(launch: Launch, packed: Packed, dtype: torch.dtype, rows: int) -> str 
     )
     columns = [t * cuda_layout.TILE + i for t in tiles for i in range(cuda_layout.TILE)]
     inside = [i for i, column in enumerate(columns) if column < packed.outputs]
-    expected = (x[-1:].double() @ _float(part, torch.float64).T)[0, inside]
-    return _wrong(out, out[-1, [columns[i] for i in inside]], expected)
+    own = [columns[i] for i in inside]
+    expected = (x[-1:].double() @ _float(part, torch.float64).T)[0, inside] + bias[own].double()
+    return _wrong(out, out[-1, own], expected)
 
 
 # Linears in 8 bits

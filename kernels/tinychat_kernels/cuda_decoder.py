@@ -256,10 +256,12 @@ def examine(device: Gpu, w: Weights) -> None:
 
 
 def _wrong(device: Gpu, op: str, like: Tensor) -> str | None:
-    """What is wrong with an op, on numbers of its own."""
+    """What is wrong with an op, on numbers of its own. Raises KernelError for one that does not run."""
     place = cuda_golden.Place(device, like.device, like.dtype, device.processors)
     (found,) = cuda_golden.results(place, (op,))
-    return None if found.right else found.error or f"is off by {found.worst:.1e} in {found.case}"
+    if found.error:
+        raise KernelError(found.error)
+    return None if found.right else f"is off by {found.worst:.1e} in {found.case}"
 
 
 def _shapes(w: Weights) -> list[Packed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -93,6 +94,12 @@ def gpu(index: int) -> Gpu:
     except BuildError as error:
         compiler = error
     return Gpu(index, Target(arch), compiler)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a model's GPU torch's current one for a while; nothing where it is none, or torch finds no GPU."""
+    found = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if found else nullcontext()
 
 
 def why_none() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,9 @@ from emulated import needs_compiler, relative
 from torch import Tensor
 
 from emu.launcher import Emulator
-from tinychat_kernels import cuda, cuda_checks, cuda_int8, cuda_layout, cuda_library, ref, registry
+from tinychat_kernels import cuda, cuda_checks, cuda_int8, cuda_layout, cuda_library, cuda_linear, ref, registry
 from tinychat_kernels.cuda_layout import Packed
-from tinychat_kernels.errors import KernelError, LayoutError
+from tinychat_kernels.errors import BuildError, KernelError, LayoutError
 from tinychat_kernels.int8 import Int8, quantize_rows
 from tinychat_kernels.layout import QuantSpec, dequantize, from_logical, quantize, to_logical
 
@@ -107,11 +108,14 @@ def test_a_head_of_4_bits(monkeypatch: pytest.MonkeyPatch, outputs: int, inputs:
 def test_other_dtypes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "_trouble", lambda index: "too old" if index else None)
     assert "activations are torch.float32" in str(cuda.obstacle(torch.float32, device))
     assert cuda.obstacle(torch.bfloat16, device) == "this GPU has no products of bfloat16: give --dtype float16"
     assert cuda.obstacle(torch.float16, device) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert cuda.obstacle(torch.bfloat16, device) is None
+    assert cuda.obstacle(torch.float16, torch.device("cuda", 1)) == "too old"
 
 
 # The check of a first use
@@ -162,12 +166,53 @@ def test_a_shape_that_fails_is_said_and_left_to_torch(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(cuda_checks, "passed", passed)
     monkeypatch.setattr(cuda, "check", lambda *args: "is off by 1.0e+00")
-    device = SimpleNamespace(index=0)
+    device = SimpleNamespace(index=0, processors=2)
     with pytest.warns(UserWarning, match=r"gemv m8 4 bits 192x80 g64 float16 float16 is off by .* runs on plain torch"):
         assert not cuda.passed(device, packed(), torch.float16, 8)
     monkeypatch.setattr(cuda, "check", lambda *args: None)
     assert cuda.passed(device, dataclasses.replace(packed(), outputs=72), torch.float16, 9)
     assert list(results) == ["gemv m8 4 bits 192x80 g64 float16 float16", "gemm r16 4 bits 192x72 g64 float16 float16"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoilt", ["w4_reduce", "bias"])
+def test_splits_and_biases_are_checked(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
+    made, found = packed(40, 1152, 128), []
+    monkeypatch.setattr(cuda_checks, "passed", lambda device, name, wrong: found.append(wrong()) or not found[-1])
+
+    class Spoilt:
+        processors = 16
+
+        def __call__(self, unit, entry, grid, block, shared, *args) -> None:
+            if spoilt == "bias":
+                args = [None if isinstance(a, Tensor) and a.shape == (40,) else a for a in args]
+            if spoilt not in entry:
+                Emulator().launch(unit, entry, grid, block, shared, *args)
+
+    with pytest.warns(UserWarning, match="runs on plain torch"):
+        assert not cuda.passed(Spoilt(), made, torch.float16, 16)
+    assert cuda.check(Emulator().launch, made, torch.float16, 16, processors=16) is None
+    assert cuda_linear.gemm_splits(made, 16, 16) == 2
+
+
+def test_a_kernel_that_does_not_compile_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing raises, whoever asks."""
+    made = packed()
+
+    def broken(*args: object) -> None:
+        raise BuildError("NVRTC cannot compile w4_gemv.cu")
+
+    device = SimpleNamespace(index=0, processors=2, target=SimpleNamespace(arch="sm_87"), made_by="nvcc")
+    monkeypatch.setattr(cuda, "check", broken)
+    monkeypatch.setattr(cuda_checks, "_keep", lambda more: None)
+    monkeypatch.setattr(cuda_checks, "place", lambda device: "here")
+    monkeypatch.setattr(cuda_checks, "_known", functools.cache(lambda here: {}))
+    for name in ("is_current_stream_capturing", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: False)
+    said = r"^gemv m8 .* does not run \(NVRTC cannot compile w4_gemv.cu\) and runs on plain torch"
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert not any(cuda.passed(device, made, torch.float16, 2) for _ in range(2))
+    assert len(warned) == 1
 
 
 # Linears in 8 bits

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +15,7 @@ import torch
 
 from tinychat_kernels import cuda_build, cuda_checks, cuda_gpu
 from tinychat_kernels.cuda_build import Target
+from tinychat_kernels.cuda_compilers import Nvcc
 from tinychat_kernels.cuda_gpu import Gpu
 from tinychat_kernels.errors import BuildError, KernelError
 
@@ -128,6 +133,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) 
     monkeypatch.setattr(cuda_build, "build_digest", lambda: "0123456789")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
+    monkeypatch.setattr(cuda_checks, "DRIVER_SIGNS", (tmp_path / "driver",))
     forget()
     yield tmp_path
     forget()
@@ -165,9 +172,84 @@ def test_nothing_is_checked_while_a_graph_is_captured(folder: Path, monkeypatch:
     assert not list(folder.iterdir())
 
 
+def gone() -> str:
+    """The number of a process that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return str(child.pid)
+
+
+def fail(error: BaseException):
+    def wrong() -> str | None:
+        raise error
+
+    return wrong
+
+
+def test_a_kernel_that_does_not_run_fails_for_this_process_alone(folder: Path) -> None:
+    device = Gpu(0, Target("sm_87"), BuildError("none"))
+    assert not cuda_checks.passed(device, "gemv", fail(BuildError("no compiler")))
+    assert not cuda_checks.passed(device, "gemv", lambda: pytest.fail("asked"))
+    assert cuda_checks.failures(device) == ["gemv does not run: no compiler"]
+    forget()
+    assert cuda_checks.passed(device, "gemv", lambda: None)
+
+
+def test_a_check_that_ended_its_process_is_not_made_again(folder: Path) -> None:
+    device, path = Gpu(0, Target("sm_87"), BuildError("none")), folder / cuda_checks.FILE
+
+    def crash() -> None:
+        path.write_text(path.read_text().replace(f"process {os.getpid()}", f"process {gone()}"))
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cuda_checks.passed(device, "gemv", crash)
+    forget()
+    with pytest.warns(UserWarning, match="^gemv ended the process that checked it; `tinychat doctor --cache --clear`"):
+        assert not cuda_checks.passed(device, "gemv", lambda: pytest.fail("asked"))
+    assert cuda_checks.failures(device)[0].startswith("gemv ended the process that checked it")
+
+
+def test_a_check_that_a_running_process_makes_is_made_here_too(folder: Path) -> None:
+    device, path = Gpu(0, Target("sm_87"), BuildError("none")), folder / cuda_checks.FILE
+    path.write_text(json.dumps({f"{cuda_checks.place(device)} gemv": f"{cuda_checks.BEGUN}{os.getppid()}"}))
+    assert cuda_checks.passed(device, "gemv", lambda: None)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.cuda.OutOfMemoryError("full")])
+def test_a_check_that_was_interrupted_is_made_again(folder: Path, error: BaseException) -> None:
+    device = Gpu(0, Target("sm_87"), BuildError("none"))
+    with pytest.raises(type(error)):
+        cuda_checks.passed(device, "gemv", fail(error))
+    forget()
+    assert cuda_checks.passed(device, "gemv", lambda: None)
+
+
+def test_what_a_result_counts_for(folder: Path) -> None:
+    compiler = Nvcc("/a/nvcc", (12, 6))
+    places = [cuda_checks.place(Gpu(0, Target(arch), made)) for arch in ("sm_87", "sm_90") for made in (compiler,)]
+    places.append(cuda_checks.place(Gpu(0, Target("sm_87"), BuildError("none"))))
+    (folder / "driver").write_text("NVRM version: Module  580.65.06\nGCC")
+    places.append(cuda_checks.place(Gpu(0, Target("sm_87"), compiler)))
+    assert places[0] == "GPU 0 / CUDA 12.8  / sm_87 by nvcc 12.6 / 01234567 /"
+    assert places[3] == "GPU 0 / CUDA 12.8 NVRM version: Module 580.65.06 / sm_87 by nvcc 12.6 / 01234567 /"
+    assert len(set(places)) == 4
+
+
 def test_a_damaged_file_counts_as_none(folder: Path) -> None:
     (folder / cuda_checks.FILE).write_text("{")
     device = Gpu(0, Target("sm_87"), BuildError("none"))
     assert cuda_checks.failures(device) == [] and cuda_checks.passed(device, "gemv", lambda: None)
     forget()
     assert cuda_checks.passed(device, "gemv", lambda: pytest.fail("asked"))
+
+
+def test_a_models_own_gpu_is_the_current_one_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device) or nullcontext())
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        for name in ("cpu", "cuda:1"):
+            with cuda_gpu.current(torch.device(name)):
+                pass
+    assert made == [torch.device("cuda:1")]

@@ -311,6 +311,15 @@ def test_every_kernel_of_a_decoder_is_checked_once(checks: dict[str, str | None]
     }
 
 
+def test_an_op_that_does_not_run_is_no_result_for_the_file() -> None:
+    class NoCompiler(FakeGpu):
+        def __call__(self, unit: str, entry: str, *rest: Any) -> None:
+            raise KernelError("no compiler at all")
+
+    with pytest.raises(KernelError, match="no compiler at all"):
+        kernels._wrong(NoCompiler(), "norm", torch.zeros(1).half())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("spoilt", "said"),
     [("add_rms_norm", "norm float16 is wrong on this GPU"), ("_r32", "a linear of 128x256 is wrong on this GPU")],
