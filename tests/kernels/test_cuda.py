@@ -177,7 +177,7 @@ def test_a_shape_that_fails_is_said_and_left_to_torch(monkeypatch: pytest.Monkey
 @needs_compiler
 @pytest.mark.parametrize("spoilt", ["w4_reduce", "bias"])
 def test_splits_and_biases_are_checked(monkeypatch: pytest.MonkeyPatch, spoilt: str) -> None:
-    made, found = packed(40, 1152, 128), []
+    made, found = packed(264, 1152, 128), []
     monkeypatch.setattr(cuda_checks, "passed", lambda device, name, wrong: found.append(wrong()) or not found[-1])
 
     class Spoilt:
@@ -185,7 +185,7 @@ def test_splits_and_biases_are_checked(monkeypatch: pytest.MonkeyPatch, spoilt: 
 
         def __call__(self, unit, entry, grid, block, shared, *args) -> None:
             if spoilt == "bias":
-                args = [None if isinstance(a, Tensor) and a.shape == (40,) else a for a in args]
+                args = [None if isinstance(a, Tensor) and a.shape == (264,) else a for a in args]
             if spoilt not in entry:
                 Emulator().launch(unit, entry, grid, block, shared, *args)
 
