@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tinychat import cli, doctor, doctor_kernels
-from tinychat_kernels import cuda, cuda_golden, cuda_gpu
+from tinychat_kernels import cuda, cuda_compilers, cuda_golden, cuda_gpu
 from tinychat_kernels.cuda_golden import Result
 from tinychat_kernels.errors import KernelError
 
@@ -41,9 +41,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_compilers, "compilers_here", lambda: "nvcc 13.0 can compile")
     assert cli.main(["doctor", "--kernels"]) == 0
-    said = f"CUDA kernels\n  there is no GPU that the CUDA kernels run on: {NO_GPU}\n"
+    said = f"CUDA kernels\n  there is no GPU that the CUDA kernels run on: {NO_GPU}; nvcc 13.0 can compile\n"
     assert capsys.readouterr().out == said
     found = doctor.kernels()
     json_keys.check(json.loads(json.dumps(found)), "tinychat.doctor/1 with --kernels")

@@ -9,16 +9,17 @@ Json = dict[str, Any]
 
 
 def report() -> Json:
-    """{device, reason, results}; without a GPU that the kernels run on, no device and the reason. Takes a minute."""
+    """{device, reason, results}; without such a GPU, the reason and what compiles. Takes a minute."""
     import torch
 
+    from tinychat_kernels.cuda_compilers import compilers_here
     from tinychat_kernels.cuda_gpu import gpu
     from tinychat_kernels.errors import KernelError
 
     try:
         device = gpu(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     except KernelError as error:
-        return {"device": None, "reason": str(error), "results": []}
+        return {"device": None, "reason": f"{error}; {compilers_here()}", "results": []}
     name = f"{torch.cuda.get_device_name(device.index)}, {device.target.arch}, {device.made_by}"
     return {"device": name, "reason": "every op was run on it", "results": _results(device)}
 

@@ -1,8 +1,8 @@
 """Machine code for the CUDA kernels: from the cache, else compiled for the very GPU in this machine and kept.
 
 A unit is a file of csrc/cuda. Its cubin is named by what it was made from: the source and all headers, the defines, the
-architecture and the compiler. Without a compiler, the cubin of any serves. Files appear by renaming, so several
-processes may build at once; the least recently used go when there are too many.
+architecture and the compiler; its file ends in its SHA-256. Without a compiler, any one's cubin serves. Files appear by
+renaming, so several processes may build at once; the least recently used go when there are too many.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ OLDEST = (7, 5)  # compute capability
 ELF = b"\x7fELF"
 MOST_BYTES = 64 * 2**20  # of all cubins together
 DIGEST_LENGTH = 20
+SUM_LENGTH = 32  # bytes of SHA-256 behind a cubin
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def cubin(unit: str, target: Target, folder: Path, compiler: Compiler | BuildErr
 
     Raises BuildError: no compiler, or what it said.
     """
-    stem = f"cuda-{unit}-{target.arch}-{source_digest(unit, target.defines)}"
+    stem = _stem(unit, target)
     if isinstance(compiler, BuildError):
         found = next((data for path in sorted(folder.glob(f"{stem}-*.cubin")) if (data := _read(path))), None)
         if found is None:
@@ -59,6 +60,19 @@ def cubin(unit: str, target: Target, folder: Path, compiler: Compiler | BuildErr
         return found
     path = folder / f"{stem}-{_digest([compiler.name.encode()])[:8]}.cubin"
     return _read(path) or _made(path, compiler.compile(SOURCES / f"{unit}.cu", target.arch, target.defines))
+
+
+def forget(unit: str, target: Target, folder: Path) -> bool:
+    """Delete what the cache holds of a unit for a target, whoever compiled it; whether it held anything."""
+    held = list(folder.glob(f"{_stem(unit, target)}-*.cubin"))
+    with contextlib.suppress(OSError):
+        for path in held:
+            path.unlink(missing_ok=True)
+    return bool(held)
+
+
+def _stem(unit: str, target: Target) -> str:
+    return f"cuda-{unit}-{target.arch}-{source_digest(unit, target.defines)}"
 
 
 def source_digest(unit: str, defines: Sequence[str] = ()) -> str:
@@ -81,7 +95,8 @@ def _read(path: Path) -> bytes:
         os.utime(path)  # the least recently used goes first
     except OSError:
         return b""
-    return data if data.startswith(ELF) else b""
+    code, own = data[:-SUM_LENGTH], data[-SUM_LENGTH:]
+    return code if hashlib.sha256(code).digest() == own and code.startswith(ELF) else b""
 
 
 def _made(path: Path, data: bytes) -> bytes:
@@ -91,7 +106,7 @@ def _made(path: Path, data: bytes) -> bytes:
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                file.write(data + hashlib.sha256(data).digest())
             Path(name).replace(path)
         finally:
             Path(name).unlink(missing_ok=True)

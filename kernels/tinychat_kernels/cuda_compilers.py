@@ -6,6 +6,7 @@ C interface, so it fits every Python. A Jetson's own comes first there: it fits 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -27,6 +28,7 @@ TOOLKIT = Path("/usr/local/cuda")
 TEGRA_SIGNS = (Path("/etc/nv_tegra_release"), Path("/proc/device-tree/compatible"))
 WHEEL_LIBRARIES = ("nvidia/cu*/lib/libnvrtc.so.*", "nvidia/cuda_nvrtc/lib/libnvrtc.so.*")
 SYSTEM_LIBRARIES = ("lib64/libnvrtc.so.*", "targets/*/lib/libnvrtc.so.*")
+BUILTINS = "libnvrtc-builtins.so.*"
 HEADER = "cuda_fp16.h"
 OPTIONS = ("-std=c++17",)
 SHOWN_LINES = 3  # of what a compiler says
@@ -59,6 +61,14 @@ class Nvrtc:
         options = [f"--gpu-architecture={arch}", *OPTIONS, *_flags(defines, (source.parent, self.headers))]
         return _Program(_nvrtc(self.path), source, options).cubin()
 
+    def archs(self) -> frozenset[str]:
+        """What it compiles for; nothing where it does not say, which is before 11.2."""
+        library, count = _nvrtc(self.path), ctypes.c_int()
+        if not hasattr(library, "nvrtcGetSupportedArchs") or library.nvrtcGetNumSupportedArchs(ctypes.byref(count)):
+            return frozenset()
+        found = (ctypes.c_int * count.value)()
+        return frozenset() if library.nvrtcGetSupportedArchs(found) else frozenset(f"sm_{number}" for number in found)
+
 
 @dataclass(frozen=True, slots=True)
 class Nvcc:
@@ -80,6 +90,10 @@ class Nvcc:
                 raise BuildError(f"nvcc cannot compile {source.name} for {arch}: {_told(done.stderr + done.stdout)}")
             return out.read_bytes()
 
+    def archs(self) -> frozenset[str]:
+        """What it compiles for; nothing where it does not say."""
+        return frozenset(re.findall(r"^sm_\d+$", _ran([self.path, "--list-gpu-code"]).stdout, re.MULTILINE))
+
 
 def is_jetson() -> bool:
     """Whether this is a Tegra board, whose GPU runs no other's machine code and whose driver is part of its system."""
@@ -89,22 +103,31 @@ def is_jetson() -> bool:
     return release.exists() or (tree.exists() and b"nvidia,tegra" in tree.read_bytes())
 
 
-def find_compiler(newest: int | None = None, like: int | None = None) -> Compiler:
+def find_compiler(newest: int | None = None, like: int | None = None, arch: str | None = None) -> Compiler:
     """The compiler to take: NVRTC before nvcc, and of CUDA version `like` before others; none is above `newest`.
 
-    Versions are major numbers; `newest` is the driver's, which runs no newer machine code. Raises BuildError with the
-    reasons why there is none.
+    Versions are major numbers; `newest` is the driver's, which runs no newer machine code. One that does not compile
+    for `arch`, such as sm_87, is passed over. Raises BuildError with the reasons why there is none.
     """
     refused: list[str] = []
     usable: list[Nvrtc | Nvcc] = []
     for found in _found(refused):
-        if newest is None or found.version[0] <= newest:
-            usable.append(found)
-        else:
+        if newest is not None and found.version[0] > newest:
             refused.append(f"{found.name} is too new for a driver of CUDA {newest}")
+        elif arch is not None and (archs := found.archs()) and arch not in archs:
+            refused.append(f"{found.name} does not compile for {arch}")
+        else:
+            usable.append(found)
     if not usable:
         raise BuildError("; ".join([*dict.fromkeys(refused), NO_COMPILER]))
     return min(usable, key=lambda found: (isinstance(found, Nvcc), like not in (None, found.version[0])))
+
+
+def compilers_here() -> str:
+    """Which compilers there are, or why there is none, in a sentence."""
+    refused: list[str] = []
+    names = [found.name for found in _found(refused)]
+    return f"{', '.join(names)} can compile" if names else "; ".join([*dict.fromkeys(refused), NO_COMPILER])
 
 
 def _found(refused: list[str]) -> Iterator[Nvrtc | Nvcc]:
@@ -167,6 +190,9 @@ def _header_folders(library: Path) -> Iterator[Path]:
 
 @functools.cache
 def _nvrtc(path: Path) -> ctypes.CDLL:
+    for own in sorted(path.parent.glob(BUILTINS)):  # which NVRTC opens by name, and some wheels do not say where it is
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(own))
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -77,9 +77,20 @@ class Gpu:
         """Of the entries that these defines limit a unit to: a model needs few of them."""
         if (unit, limits) not in self._modules:
             target = replace(self.target, defines=(*self.target.defines, *limits))
-            cubin = cuda_build.cubin(unit, target, cache_folder(), self.compiler)
-            self._modules[unit, limits] = driver().load(cubin)
+            self._modules[unit, limits] = self._loaded(unit, target)
         return self._modules[unit, limits]
+
+    def _loaded(self, unit: str, target: Target) -> int:
+        """A module; machine code of the cache that does not load is made once more."""
+        folder = cache_folder()
+        try:
+            return driver().load(cuda_build.cubin(unit, target, folder, self.compiler))
+        except BuildError:
+            raise
+        except KernelError:
+            if not cuda_build.forget(unit, target, folder):
+                raise
+        return driver().load(cuda_build.cubin(unit, target, folder, self.compiler))
 
 
 @functools.cache
@@ -90,7 +101,7 @@ def gpu(index: int) -> Gpu:
     arch = cuda_build.arch_of(torch.cuda.get_device_capability(index))
     newest, like = driver().version[0], int((torch.version.cuda or "0").partition(".")[0])
     try:
-        compiler: Compiler | BuildError = find_compiler(newest, like)
+        compiler: Compiler | BuildError = find_compiler(newest, like, arch)
     except BuildError as error:
         compiler = error
     return Gpu(index, Target(arch), compiler)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,9 +78,20 @@ def test_a_damaged_file_is_made_again(sources: Path, tmp_path: Path) -> None:
     cache, compiler = tmp_path / "cache", Counting()
     cuda_build.cubin("put", TARGET, cache, compiler)
     (path,) = cache.glob("*.cubin")
-    path.write_bytes(b"")
-    assert cuda_build.cubin("put", TARGET, cache, compiler).startswith(ELF)
-    assert path.read_bytes().startswith(ELF) and len(compiler.asked) == 2
+    whole = path.read_bytes()
+    for made, damaged in enumerate((b"", whole[:-1], ELF + b"2" + whole[len(ELF) + 1 :], ELF + bytes(90)), start=2):
+        path.write_bytes(damaged)
+        assert cuda_build.cubin("put", TARGET, cache, compiler) == ELF + str(made).encode()
+        assert path.read_bytes().startswith(ELF) and len(compiler.asked) == made
+
+
+def test_what_does_not_load_is_forgotten(sources: Path, tmp_path: Path) -> None:
+    cache, compiler = tmp_path / "cache", Counting()
+    assert not cuda_build.forget("put", TARGET, cache)
+    for target in (TARGET, Target("sm_90")):
+        cuda_build.cubin("put", target, cache, compiler)
+    assert cuda_build.forget("put", TARGET, cache)
+    assert [path.name.split("-")[2] for path in cache.iterdir()] == ["sm_90"]
 
 
 def test_a_folder_that_cannot_be_written_is_left_alone(sources: Path, tmp_path: Path) -> None:
@@ -89,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_left_alone(sources: Path, tmp_path: 
 
 def test_the_least_recently_used_go_first(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, compiler = tmp_path / "cache", Counting()
-    monkeypatch.setattr(cuda_build, "MOST_BYTES", 2 * len(ELF + b"1"))
+    monkeypatch.setattr(cuda_build, "MOST_BYTES", 2 * (len(ELF + b"1") + cuda_build.SUM_LENGTH))
     for age, arch in ((30, "sm_80"), (20, "sm_86")):
         cuda_build.cubin("put", Target(arch), cache, compiler)
         path = next(cache.glob(f"*-{arch}-*"))
@@ -132,6 +144,43 @@ def test_the_compiler_fits_driver_and_torch(
     compilers: list[Path], newest: int | None, like: int | None, name: str
 ) -> None:
     assert cuda_compilers.find_compiler(newest, like).name == name
+
+
+def test_a_compiler_that_does_not_know_the_gpu_is_passed_over(
+    compilers: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {13: frozenset({"sm_75", "sm_120"}), 12: frozenset({"sm_70", "sm_75"})}
+    monkeypatch.setattr(Nvrtc, "archs", lambda self: known[self.version[0]])
+    monkeypatch.setattr(Nvcc, "archs", lambda self: frozenset({"sm_110"}))
+    names = [cuda_compilers.find_compiler(13, 12, f"sm_{n}").name for n in (75, 120, 110)]
+    assert names == ["NVRTC 12.1", "NVRTC 13.1", "nvcc 13.0"]
+    with pytest.raises(BuildError, match=r"NVRTC 13.1 does not compile for sm_130; NVRTC 12.1 does not .*nvcc serves"):
+        cuda_compilers.find_compiler(13, 12, "sm_130")
+    monkeypatch.setattr(Nvcc, "archs", lambda self: frozenset())  # one that does not say is tried
+    assert cuda_compilers.find_compiler(13, 12, "sm_130").name == "nvcc 13.0"
+
+
+def test_which_compilers_there_are_is_said(compilers: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda_compilers.compilers_here() == "NVRTC 13.1, NVRTC 12.1, nvcc 13.0 can compile"
+    compilers.clear()
+    monkeypatch.setattr(cuda_compilers, "find_nvcc", lambda: None)
+    assert cuda_compilers.compilers_here().startswith("no NVRTC and no nvcc serves")
+
+
+def test_the_builtins_beside_nvrtc_are_loaded_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(path: str) -> SimpleNamespace:
+        loaded.append(Path(path).name)
+        if "alt" in path:
+            raise OSError("not for this machine")
+        return SimpleNamespace(nvrtcGetErrorString=SimpleNamespace())
+
+    monkeypatch.setattr(cuda_compilers.ctypes, "CDLL", load)
+    for name in ("libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc-builtins.so.13.0.alt", "libcudart.so.13"):
+        (tmp_path / name).touch()
+    cuda_compilers._nvrtc(tmp_path / "libnvrtc.so.13")
+    assert loaded == ["libnvrtc-builtins.so.13.0", "libnvrtc-builtins.so.13.0.alt", "libnvrtc.so.13"]
 
 
 def test_nvcc_serves_without_nvrtc(compilers: list[Path]) -> None:
@@ -194,6 +243,7 @@ def real() -> list[Nvrtc | Nvcc]:
 @pytest.mark.skipif(not real(), reason="neither NVRTC nor nvcc")
 def test_the_compilers_here_compile_and_say_what_is_wrong(sources: Path, tmp_path: Path) -> None:
     for compiler in real():
+        assert {"sm_87", "sm_90"} <= compiler.archs() and "sm_42" not in compiler.archs()
         made = cuda_build.cubin("put", Target("sm_87", ("OTHER=1",)), tmp_path / "cache", compiler)
         assert made.startswith(ELF) and b"put" in made
         with pytest.raises(BuildError, match=r"cannot compile put.cu for sm_42: .*(gpu-architecture|gpu architecture)"):

@@ -95,6 +95,28 @@ def test_more_shared_memory_is_asked_for_when_more_is_needed(driver: FakeDriver)
     assert [said[2] for said in driver.said if said[0] == "shared"] == [50_000, 70_000]
 
 
+def test_machine_code_that_does_not_load_is_made_once_more(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, kept = [b"old"], True
+
+    def load(cubin: bytes) -> int:
+        if cubin == b"old":
+            raise KernelError("cuModuleLoadData failed")
+        return 9
+
+    def forget(*args: object) -> bool:
+        if kept:
+            held[0] = b"new"
+        return kept
+
+    monkeypatch.setattr(driver, "load", load)
+    monkeypatch.setattr(cuda_build, "cubin", lambda *args: held[0])
+    monkeypatch.setattr(cuda_build, "forget", forget)
+    assert Gpu(0, Target("sm_87"), BuildError("none")).load("norm") == 9
+    held[0], kept = b"old", False
+    with pytest.raises(KernelError, match="cuModuleLoadData failed"):
+        Gpu(0, Target("sm_87"), BuildError("none")).load("norm")
+
+
 def test_a_tensor_of_another_device_is_refused(driver: FakeDriver) -> None:
     with pytest.raises(KernelError, match="entry runs on cuda:1, a tensor of it is on cpu"):
         Gpu(1, Target("sm_87"), BuildError("none"))("norm", "entry", (1, 1, 1), 32, 0, torch.zeros(1))
@@ -117,11 +139,11 @@ def test_the_compiler_is_asked_for_as_driver_and_torch_are(driver: FakeDriver, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
     asked: list[tuple] = []
-    monkeypatch.setattr(cuda_gpu, "find_compiler", lambda newest, like: asked.append((newest, like)) or "compiler")
+    monkeypatch.setattr(cuda_gpu, "find_compiler", lambda *asks: asked.append(asks) or "compiler")
     cuda_gpu.gpu.cache_clear()
     device = cuda_gpu.gpu(0)
     cuda_gpu.gpu.cache_clear()
-    assert (device.target, device.compiler, asked) == (Target("sm_87"), "compiler", [(12, 12)])
+    assert (device.target, device.compiler, asked) == (Target("sm_87"), "compiler", [(12, 12, "sm_87")])
 
 
 # What is known of a GPU
