@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache, KVPool
 from tinychat.layers.linear import QuantLinear
 from tinychat.models.vila_llama import VilaLlamaForCausalLM
-from tinychat_kernels import cuda, cuda_checks, cuda_layout, ref
+from tinychat_kernels import cuda, cuda_checks, cuda_gpu, cuda_layout, ref
 from tinychat_kernels import cuda_decoder as kernels
 from tinychat_kernels.cuda_decoder import check
 from tinychat_kernels.errors import KernelError
@@ -309,6 +311,65 @@ def test_every_kernel_of_a_decoder_is_checked_once(checks: dict[str, str | None]
     assert {name.partition(" bits ")[0] for name in checks if name.endswith("x320 g32 float16 float16")} == {
         *(f"{kind} 4" for kind in ("gemv m1", "gemv m8", "gemm r16", "gemm r32", "gemm r64", "gemm r128", "dequantize"))
     }
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is joined, by its outputs; the model's device is taken for a GPU."""
+    found: list[int] = []
+    join = cuda.join
+
+    def counting(parts: list[cuda_layout.Packed]) -> cuda_layout.Packed:
+        found.append(sum(part.outputs for part in parts))
+        return join(parts)
+
+    monkeypatch.setattr(cuda, "join", counting)
+    monkeypatch.setattr(VilaLlamaForCausalLM, "device", torch.device("cuda", 0))
+    return found
+
+
+def test_a_refused_decoder_is_not_joined_and_asked_again_only_when_parts_change(
+    checks: dict[str, str | None], joins: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared(quantized())
+    before = _packed(model)
+    monkeypatch.setattr(cuda_gpu, "gpu", lambda index: FakeGpu("add_rms_norm"))
+    assert model.one_call is None and "norm float16 is wrong on this GPU" in str(model.obstacle)
+    assert joins == [256, 320]  # of one layer of two
+    assert all(one is was for one, was in zip(_packed(model), before, strict=True))
+    assert model.one_call is None and model.obstacle is not None and len(joins) == 2
+    model.llm.model.norm.weight = nn.Parameter(torch.ones(128).half())
+    assert model.one_call is None and len(joins) == 4
+    model.llm.model.norm.register_forward_hook(lambda *args: None)
+    assert model.one_call is None and model.obstacle == "hooks watch its modules" and len(joins) == 4
+
+
+def _packed(model: VilaLlamaForCausalLM) -> list[object]:
+    return [one.packed for one in model.llm.modules() if isinstance(one, QuantLinear)]
+
+
+def test_a_decoder_that_passes_is_taken(
+    checks: dict[str, str | None], joins: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared(quantized())
+    monkeypatch.setattr(cuda_gpu, "gpu", lambda index: FakeGpu())
+    assert isinstance(model.one_call, CudaDecoder) and model.one_call is model.one_call and model.obstacle is None
+    assert joins == [256, 320] * 3
+
+
+def test_steps_go_with_the_cache_that_they_read() -> None:
+    """Before the next one is made: there may be no room for two."""
+    model = emulated(quantized())
+    with torch.inference_mode():
+        cache = cache_of(model, 1)
+        model.prefill(model.embed_text(ids(1, 6)), cache, 0)
+        model.draw([3], cache, [0.0], [0.0])
+        keys = weakref.ref(cache.pool.layers[0][0])
+        decoder = model._one_call
+        assert isinstance(decoder, CudaDecoder) and decoder._steps and keys() is not None
+        del cache
+        gc.collect()
+        assert not decoder._steps and keys() is None
 
 
 def test_an_op_that_does_not_run_is_no_result_for_the_file() -> None:

@@ -25,7 +25,7 @@ from tinychat.layers.norm import RMSNorm
 from tinychat.layers.one_call import Obstacle, refused
 from tinychat.layers.rotary import cos_sin
 from tinychat_kernels import cuda
-from tinychat_kernels.cuda_decoder import MOST_ROWS, Decoder, Layer, Linear, Step, Weights, examine
+from tinychat_kernels.cuda_decoder import MOST_ROWS, Decoder, Layer, Linear, Step, Weights, check, examine
 from tinychat_kernels.cuda_layout import Packed
 from tinychat_kernels.cuda_ops import Heads, Launch, Where
 from tinychat_kernels.cuda_ops import Layer as Cached
@@ -33,6 +33,19 @@ from tinychat_kernels.errors import KernelError
 
 Drawn = tuple[list[int], list[float]]  # a token and its log-probability for each row
 LARGEST = 1 - 2**-24  # below 1, of a random number in fp32
+
+
+class Refusal(Obstacle):
+    """An Obstacle that stands until parts of the decoder change: nothing is packed or compared again before."""
+
+    def __init__(self, reason: str, llm: nn.Module) -> None:
+        super().__init__(reason)
+        self._parts = list(_everything(llm))
+        self._watched = _watched(llm)
+
+    def stands(self, llm: nn.Module) -> bool:
+        """Whether the modules are those that were refused, and are watched as they were."""
+        return _same(self._parts, list(_everything(llm))) and _watched(llm) == self._watched
 
 
 class CudaDecoder:
@@ -47,33 +60,34 @@ class CudaDecoder:
         self._steps: dict[tuple[int, bool], Step] = {}
         self._left: tuple[weakref.ref[Step], Tensor] | None = None  # what a step left for the next
         model: Any = llm.model
-        heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         layers = [_layer(layer, window) for layer, window in zip(model.layers, config.windows, strict=True)]
-        weights = Weights(
-            layers, model.norm.weight.detach(), _head(llm.lm_head), model.embed_tokens.weight.detach(), heads,
-            config.rms_norm_eps,
-        )  # fmt: skip
-        self.kernel = Decoder(weights, launch, processors)
+        self.kernel = Decoder(_weights(llm, config, layers), launch, processors)
         self._parts = list(_parts(llm))
 
     @classmethod
     def of(cls, llm: nn.Module, config: Config) -> CudaDecoder:
-        """Raises Obstacle where `obstacle` names one, the kernels do not take the model's sizes, or one is wrong."""
+        """Raises Refusal where `obstacle` names one, the kernels do not take the model's sizes, or one is wrong."""
+        try:
+            return cls._of(llm, config)
+        except Obstacle as error:
+            raise Refusal(str(error), llm) from error
+
+    @classmethod
+    def _of(cls, llm: nn.Module, config: Config) -> CudaDecoder:
         if (reason := obstacle(llm, config)) is not None:
             raise Obstacle(reason)
         from tinychat_kernels.cuda_gpu import gpu
 
         with refused():
             device = gpu(_device(llm).index or 0)
-            made = cls(llm, config, device, device.processors)
-            examine(device, made.kernel.weights)
-            return made
+            sample = _weights(llm, config, _one_of_each(llm))
+            check(sample)
+            examine(device, sample)
+            return cls(llm, config, device, device.processors)
 
     def is_current(self) -> bool:
         """Whether the modules are those that this was made from, and nothing watches them."""
-        now = list(_parts(self._llm))
-        same = len(now) == len(self._parts) and all(a is b for a, b in zip(now, self._parts, strict=True))
-        return same and not _watched(self._llm)
+        return _same(self._parts, list(_parts(self._llm))) and not _watched(self._llm)
 
     def cache_dtype(self, model: torch.dtype) -> torch.dtype:
         """What a cache for a model of this dtype holds."""
@@ -130,8 +144,8 @@ class CudaDecoder:
             held, own = pool.layers[0][0].dtype, self.kernel.weights.embeddings.dtype
             if held not in (own, torch.int8):
                 raise KernelError(f"the cache holds {held}, the CUDA kernels read {own} and int8 beside such weights")
-            self._steps.clear()
-            self._pool = weakref.ref(pool)
+            self._steps = steps = {}
+            self._pool = weakref.ref(pool, lambda _: steps.clear())  # steps hold its tensors: they go with it
             self._tables = self._angles(pool.capacity)
 
     def _angles(self, count: int) -> tuple[Tensor, Tensor]:
@@ -278,6 +292,20 @@ def _parts(llm: nn.Module) -> Iterator[object]:
     yield from (model.embed_tokens.weight, head.packed if isinstance(head, PackedHead) else head.weight)
 
 
+def _everything(llm: nn.Module) -> Iterator[object]:
+    """What any module is made of, whatever it is."""
+    for module in llm.modules():
+        yield module
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
+        if isinstance(module, QuantLinear) and module.prepared:
+            yield module.packed
+
+
+def _same(before: Sequence[object], now: Sequence[object]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+
+
 def _watched(llm: nn.Module) -> bool:
     """Whether hooks want to see what the modules do, or have taken over."""
     return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in llm.modules())
@@ -294,14 +322,33 @@ def _cached(pool: KVPool) -> list[Cached]:
     return [Cached(*parts) for parts in pool.layers]
 
 
-def _layer(layer: Any, window: int | None) -> Layer:
+def _weights(llm: nn.Module, config: Config, layers: list[Layer]) -> Weights:
+    model: Any = llm.model
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return Weights(
+        layers, model.norm.weight.detach(), _head(llm.lm_head), model.embed_tokens.weight.detach(), heads,
+        config.rms_norm_eps,
+    )  # fmt: skip
+
+
+def _one_of_each(llm: nn.Module) -> list[Layer]:
+    """A layer of each kind, joined beside the modules, which keep what they hold."""
+    model: Any = llm.model
+    kinds: dict[object, Any] = {}
+    for layer in model.layers:
+        packed = [one.packed for one in _linears(nn.ModuleList([layer]))]
+        kinds.setdefault(tuple((p.inputs, p.outputs, p.group, p.bits, p.scale) for p in packed), layer)
+    return [_layer(layer, None, keep=False) for layer in kinds.values()]
+
+
+def _layer(layer: Any, window: int | None, *, keep: bool = True) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     q, k, v, out = (getattr(attention, name) for name in ATTENTION)
     gate, up, down = (getattr(mlp, name) for name in MLP)
     return Layer(
-        qkv=_joined([q, k, v]),
+        qkv=_joined([q, k, v], keep=keep),
         out=_linear(out),
-        gate_up=_joined([gate, up]),
+        gate_up=_joined([gate, up], keep=keep),
         down=_linear(down),
         attention_norm=layer.input_layernorm.weight.detach(),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
@@ -315,12 +362,13 @@ def _linear(linear: QuantLinear) -> Linear:
     return Linear(linear.packed, None if bias is None else bias.detach())
 
 
-def _joined(linears: Sequence[QuantLinear]) -> Linear:
-    """Linears as one; what they hold are parts of it from now on, so that nothing is held twice."""
+def _joined(linears: Sequence[QuantLinear], *, keep: bool) -> Linear:
+    """Linears as one. With `keep`, what they hold are parts of it from now on, so that nothing is held twice."""
     parts = [_linear(linear) for linear in linears]
     fused = cuda.join([part.weight for part in parts])
-    for linear, own in zip(linears, cuda.split(fused, [part.weight.outputs for part in parts]), strict=True):
-        linear.prepare(own)
+    own = cuda.split(fused, [part.weight.outputs for part in parts]) if keep else []
+    for linear, part in zip(linears, own, strict=False):
+        linear.prepare(part)
     if all(part.bias is None for part in parts):
         return Linear(fused)
     like = next(part.bias for part in parts if part.bias is not None)

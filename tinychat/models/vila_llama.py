@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tinychat.config import FLOAT_TYPES, VilaConfig
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.cpu_decoder import CpuDecoder
-from tinychat.layers.cuda_decoder import CudaDecoder
+from tinychat.layers.cuda_decoder import CudaDecoder, Refusal
 from tinychat.layers.kv_cache import KVCache, KVPool, start_positions
 from tinychat.layers.one_call import Obstacle
 from tinychat.models import vila_fusion
@@ -61,6 +61,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         config = config or self.config
         self._owned: KVCache | None = None
         self._one_call: CpuDecoder | CudaDecoder | None = None
+        self._refusal: Refusal | None = None
         self.obstacle: str | None = None  # to running the decoder as a whole, when that was last tried
         self.kv_dtype: torch.dtype | None = None
         self.llm = LlamaForCausalLM(config.text)
@@ -203,13 +204,17 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
 
     def _choose_way(self) -> None:
         """Whether kernels run the decoder as a whole: asked at each prefill, since modules may be changed."""
-        if self._one_call is None or not self._one_call.is_current():
-            way = CudaDecoder if self.device.type == "cuda" else CpuDecoder
-            self._one_call, self.obstacle = None, None
-            try:
-                self._one_call = way.of(self.llm, self.llm.config)
-            except Obstacle as error:
-                self.obstacle = str(error)
+        if self._one_call is not None and self._one_call.is_current():
+            return
+        if self._one_call is None and self._refusal is not None and self._refusal.stands(self.llm):
+            return
+        way = CudaDecoder if self.device.type == "cuda" else CpuDecoder
+        self._one_call, self._refusal, self.obstacle = None, None, None
+        try:
+            self._one_call = way.of(self.llm, self.llm.config)
+        except Obstacle as error:
+            self.obstacle = str(error)
+            self._refusal = error if isinstance(error, Refusal) else None
 
     # The cache that the model owns: a plain attribute, outside state_dict, pickle and deepcopy.
 
@@ -235,11 +240,11 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         return keys.dtype == self.cache_dtype and keys.device == self.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> VilaLlamaForCausalLM:
-        self._one_call = None
+        self._one_call, self._refusal = None, None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owned": None, "_one_call": None}
+        return {**self.__dict__, "_owned": None, "_one_call": None, "_refusal": None}
 
     # What PreTrainedModel asks for.
 
