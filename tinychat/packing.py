@@ -106,13 +106,17 @@ def notes_of(source: Source, placement: Placement) -> list[str]:
 
     Raises UsageError for an option of `placement.asked` that cannot do anything.
     """
+    from tinychat_kernels.cuda_gpu import current
+
     for option in sorted(placement.asked):
         if (why := _idle(option, source, placement)) is not None:
             raise UsageError(f"{option} cannot do anything: {why}", "leave it out")
     if source.spec is None or placement.dequantize:
         return []
     device = placement.main_device.type
-    if (why := registry.fallback(device)) is not None:
+    with current(placement.main_device):
+        why = registry.fallback(device)
+    if why is not None:
         remedy = (
             "install a C++ compiler if there is none, or give --dequantize"
             if device == "cpu"

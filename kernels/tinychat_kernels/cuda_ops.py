@@ -10,7 +10,7 @@ Positions, slots and tokens are int32 tensors, as `tinychat_kernels.ref` says wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -26,6 +26,7 @@ DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 WARP = 32
 VECTOR = 8  # 16-bit values that a thread loads at once
 MOST_THREADS = 1024
+MOST_GRID_ROWS = 65535  # of a grid's second dimension
 SCRATCH = 4 * WARP  # bytes of shared memory in which the warps of a block join a number each
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
@@ -102,7 +103,14 @@ def swiglu(launch: Launch, gate_up: Tensor, out: Tensor) -> None:
     rows, inner = out.shape
     check_multiple("intermediate size", inner, VECTOR)
     blocks = -(-inner // (VECTOR * 256))
-    launch("norm", f"swiglu_{kind_of(out)}", (blocks, rows, 1), 256, 0, gate_up, out, inner)
+    for part in _grid_rows(rows):
+        own = out[part]
+        launch("norm", f"swiglu_{kind_of(out)}", (blocks, len(own), 1), 256, 0, gate_up[part], own, inner)
+
+
+def _grid_rows(rows: int) -> Iterator[slice]:
+    """Rows, as many at a time as a grid's second dimension takes."""
+    return (slice(at, min(at + MOST_GRID_ROWS, rows)) for at in range(0, rows, MOST_GRID_ROWS))
 
 
 def row_threads(width: int) -> int:
@@ -132,10 +140,13 @@ def rope_kv(
     capacity = to.keys.shape[2]
     lanes = 1 << (heads.dim // 16 - 1).bit_length()
     blocks = -(-(heads.queries + 2 * heads.keys) * lanes // 128)
-    launch(
-        "rope_kv", f"rope_kv_{kind_of(qkv)}{_cached(to)}", (blocks, len(qkv), 1), 128, 0,
-        qkv, bias, *tables, where.positions, where.slots, *_parts(to), heads.queries, heads.keys, heads.dim, capacity,
-    )  # fmt: skip
+    for part in _grid_rows(len(qkv)):
+        own = qkv[part]
+        launch(
+            "rope_kv", f"rope_kv_{kind_of(qkv)}{_cached(to)}", (blocks, len(own), 1), 128, 0,
+            own, bias, *tables, where.positions[part], where.slots[part], *_parts(to), heads.queries, heads.keys,
+            heads.dim, capacity,
+        )  # fmt: skip
 
 
 # attn_decode.cu

@@ -10,7 +10,7 @@ from emulated import Defects, GuardedLaunch, halves, launch_for, modes, needs_co
 from torch import Tensor
 
 from emu.launcher import Mode
-from tinychat_kernels import cuda_ops, int8
+from tinychat_kernels import cuda_ops, int8, ref
 from tinychat_kernels.cuda_ops import Heads, Layer, Where
 from tinychat_kernels.errors import KernelError
 
@@ -181,3 +181,22 @@ def check_small(launch: GuardedLaunch) -> None:
 @pytest.mark.parametrize("change", DEFECTS, ids=range(len(DEFECTS)))
 def test_defects_are_found(change: tuple[str, str], tmp_path: Path):
     assert not Defects("rope_kv").survive(check_small, tmp_path, change)
+
+
+def test_more_rows_than_a_grid_takes_are_several_launches(monkeypatch: pytest.MonkeyPatch):
+    heads, at, grids = Heads(4, 2, 64), where(), []
+
+    def noting(unit, entry, grid, *rest) -> None:
+        grids.append(grid[1])
+        launch_for()(unit, entry, grid, *rest)
+
+    whole, parts = (numbers(len(POSITIONS), heads.width) for _ in range(2))
+    layers = [empty_layer(heads, torch.float16) for _ in range(2)]
+    cuda_ops.rope_kv(noting, whole, tables(64), at, heads, layers[0])
+    monkeypatch.setattr(cuda_ops, "MOST_GRID_ROWS", 4)
+    cuda_ops.rope_kv(noting, parts, tables(64), at, heads, layers[1])
+    assert torch.equal(whole, parts) and torch.equal(layers[0].keys, layers[1].keys)
+    gate_up, out = numbers(6, 2 * 264), torch.full((6, 264), float("nan")).half()
+    cuda_ops.swiglu(noting, gate_up, out)
+    assert relative(out, ref.swiglu(gate_up.double())) <= TOLERANCE
+    assert grids == [6, 4, 2, 4, 2]

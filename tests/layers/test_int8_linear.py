@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tinychat.layers import int8_linear
 from tinychat.layers.int8_linear import Int8Linear
-from tinychat_kernels import cpu
+from tinychat_kernels import cpu, registry
 from tinychat_kernels.errors import KernelError, LayoutError
 
 
@@ -107,3 +109,13 @@ def test_a_prepared_one_saves_and_copies_as_on_disk() -> None:
         assert all(torch.equal(other[name], tensor) for name, tensor in plain.state_dict().items())
     assert not copy.deepcopy(ours).prepared and not copy.deepcopy(ours).to("meta").prepared
     assert torch.equal(ours.to_linear(torch.float32).weight, plain.to_linear(torch.float32).weight)
+
+
+def test_which_backend_a_gpu_has_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(registry, "chosen", lambda device: asked.append(device) or registry.Backend("cuda", True, ""))
+    int8_linear._on_kernels.cache_clear()
+    layer, x = Int8Linear(16, 16), SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    assert [layer._backend_of_form(x) for _ in range(3)] == ["cuda"] * 3  # type: ignore[arg-type]
+    int8_linear._on_kernels.cache_clear()
+    assert asked == ["cuda"] and layer._backend_of_form(torch.zeros(1)) == "ref"

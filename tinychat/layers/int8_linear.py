@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -84,10 +85,19 @@ class Int8Linear(Prepared):
 
     def _backend_of_form(self, x: Tensor) -> str:
         """The CUDA kernels, where they run: they read the weights as they lie on disk."""
-        return "cuda" if x.is_cuda and registry.chosen("cuda").name == "cuda" else "ref"
+        return "cuda" if x.is_cuda and _on_kernels(x.device, registry.asked()) else "ref"
 
     def _unpacked(self, packed: Held) -> Mapping[str, Tensor]:
         from tinychat_kernels import blocks
 
         assert isinstance(packed, Packed)
         return dict(zip(self.FORM, blocks.unpack_int8(packed), strict=True))
+
+
+@functools.cache
+def _on_kernels(device: torch.device, asked: str | None) -> bool:
+    """Whether the CUDA kernels run on a GPU, with this TINYCHAT_BACKEND: asked once."""
+    from tinychat_kernels.cuda_gpu import current
+
+    with current(device):
+        return registry.chosen("cuda").name == "cuda"
