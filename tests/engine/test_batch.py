@@ -73,7 +73,7 @@ def asked() -> list[Request]:
     return [request(f"r{i}", text, 4 + 3 * (i % 3), **draws(i)) for i, text in enumerate(WORDS)]
 
 
-# Edge cases 1, 2, 15: rows of different lengths, joining late, leaving early
+# Rows of different lengths, joining late, leaving early
 
 
 def test_rows_of_a_batch_say_what_they_say_alone(lm: CausalLM, alone: dict[str, list[int]]) -> None:
@@ -121,7 +121,7 @@ def test_any_company_gives_the_same_answers(lm: CausalLM, alone: dict[str, list[
         assert said[name] == (tokens if name not in gone else tokens[: len(said[name])])
 
 
-# Edge cases 3, 4, 5: filter and concatenate
+# Filter and concatenate
 
 
 def test_filter_takes_the_order_that_is_given(lm: CausalLM) -> None:
@@ -232,7 +232,7 @@ def test_forward_takes_padded_ids(lm: CausalLM) -> None:
         lm.forward(batch.input_ids, mask.flip(1), None)
 
 
-# Edge cases 8, 10, 16 and what a step tells
+# What a step tells
 
 
 def test_prompt_logprobs_are_those_of_the_prompt_alone(lm: CausalLM) -> None:
@@ -333,7 +333,7 @@ def test_what_no_row_has_is_refused(lm: CausalLM, changes: dict[str, Any], words
         CausalLMBatch.from_pb([sent], lm.reader.tokenizer)
 
 
-# Edge case 22
+# What is kept of a prompt
 
 
 def test_truncate_is_a_rows_own(lm: CausalLM) -> None:

@@ -142,7 +142,6 @@ def test_a_batch_gives_the_tokens_of_generates_padded_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_row_joins_late_and_the_longest_leaves(name: str) -> None:
-    """Edge cases 1 and 2."""
     lm = engine(name)
     batch = step(lm, open_batch(lm, request(1), request(3)), 4)
     late = step(lm, open_batch(lm, request(2)))
@@ -158,7 +157,6 @@ def test_a_row_joins_late_and_the_longest_leaves(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llama ours", "bloom"])
 def test_three_batches_of_different_lengths_join_unchanged(name: str) -> None:
-    """Edge case 5."""
     lm = engine(name)
     batches = [
         step(lm, open_batch(lm, request(0, 6)), 3),
@@ -236,7 +234,7 @@ def test_the_scheduler_gives_the_solo_answers(name: str, room: int | None) -> No
 
 @pytest.mark.parametrize("name", EVERY)
 def test_prompts_have_the_log_probabilities_of_the_model_alone(name: str) -> None:
-    """Edge case 8: exactly one a token, the first is nan, whatever the padding."""
+    """Exactly one a token, the first is nan, whatever the padding."""
     lm = engine(name)
     batch = open_batch(lm, *(request(i, prompt_logprobs=True) for i in range(3)))
     generations, _ = lm.generate_token(batch)

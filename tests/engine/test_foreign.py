@@ -190,7 +190,6 @@ def test_a_dtype_is_taken(folder: Path) -> None:
 
 
 def test_answers_end_at_every_eos_of_the_generation_config(folder: Path) -> None:
-    """Edge case 12."""
     free = answer(CausalLM(str(folder)), "hello", ignore_eos=True)
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [319, free[2]]}))

@@ -226,7 +226,7 @@ def test_layouts_go_round_through_filter_and_concatenate(layout: KVLayout, rows:
 
 
 def test_a_cache_of_no_width_stays_empty() -> None:
-    """Edge case 6: `[-0:]` would keep everything."""
+    """`[-0:]` would keep everything."""
     keys, values = torch.ones(1, HEADS, 0, KEY), torch.ones(1, HEADS, 0, VALUE)
     cache = ForeignCache.of([(keys, values)] * LAYERS, [0], 64)
     check(cache, [(0, 0)])

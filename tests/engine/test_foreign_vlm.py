@@ -120,7 +120,7 @@ def test_prompts_are_those_of_transformers_processors(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_with_pictures_and_text_answer_as_generate_does_alone(kind: str) -> None:
-    """Edge cases 20 and 21: sizes differ within a prompt and in the batch, and text rows are beside them."""
+    """Sizes differ within a prompt and in the batch, and text rows are beside them."""
     lm = engine(kind)
     batch = open_batch(lm, *(request(name) for name in prompts(kind)))
     assert finish(lm, batch) == {name: solo(kind, name) for name in prompts(kind)}
@@ -174,7 +174,6 @@ def test_an_answer_that_had_to_wait_goes_on_as_it_would_have(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edge case 23."""
     lm, seen = engine(kind), list[Pixels]()
     encode = ForeignVlm.encode_images
     monkeypatch.setattr(ForeignVlm, "encode_images", lambda model, one: seen.append(one) or encode(model, one))
@@ -184,7 +183,6 @@ def test_a_picture_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_typed_placeholders_are_text(kind: str) -> None:
-    """Edge case 21."""
     lm = engine(kind)
     typed = Request("r", parts=(picture(0), Text(f"is {IMAGE} a {FAKE}?")))
     prompt = lm.reader(typed)

@@ -50,7 +50,7 @@ def request(name: str, *parts: str | Image, tokens: int = 5, **sampling: Any) ->
 
 
 def mixed(pictures: list[Image]) -> list[Request]:
-    """Edge case 20: pictures of other sizes, two in one request, one alone, none at all."""
+    """Pictures of other sizes, two in one request, one alone, none at all."""
     red, wide, tall = pictures
     return [
         request("one", "look ", red, " now"),

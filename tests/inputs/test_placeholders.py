@@ -1,4 +1,4 @@
-"""What stands for pictures in text: strings and counts equal transformers' processors, edge cases 19 and 21 by name."""
+"""What stands for pictures in text: strings and counts equal transformers' processors."""
 
 from __future__ import annotations
 
