@@ -19,7 +19,7 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache
 from tinychat.layers.linear import QuantLinear
 from tinychat.layers.norm import RMSNorm
-from tinychat.layers.one_call import Obstacle, Sizes, is_watched, refused
+from tinychat.layers.one_call import Obstacle, Sizes, is_watched, linears_of, refused
 from tinychat.layers.rotary import Rope, cos_sin
 from tinychat_kernels.cpu import SCALES, Packed
 
@@ -65,7 +65,7 @@ class CpuDecoder:
             model.embed_tokens.weight.detach(),
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps,
         )  # fmt: skip
-        exact = next(_linears(model.layers)).exact
+        exact = next(linears_of(model.layers, ATTENTION, MLP)).exact
         self.kernel = cpu_decoder.Decoder(weights, exact=exact)
         self._parts = list(_parts(llm))
 
@@ -120,10 +120,10 @@ class CpuDecoder:
 def obstacle(llm: nn.Module, config: Config) -> str | None:
     """Why a decoder (tinychat.models.llama.LlamaForCausalLM) cannot run in one call; None where nothing is known."""
     model: Any = llm.model
-    linears = _linears(model.layers)
+    linears = linears_of(model.layers, ATTENTION, MLP)
     if any(not isinstance(one, QuantLinear) or not isinstance(one.packed, Packed) for one in linears):
         return "its linears are not 4-bit ones that the CPU kernels hold"
-    packed = (*_linears(model.layers), llm.lm_head)
+    packed = (*linears_of(model.layers, ATTENTION, MLP), llm.lm_head)
     exact = {one.exact for one in packed if isinstance(one, QuantLinear | PackedHead)}
     for wrong, reason in (
         (config.hidden_act != "silu", f"its activation is {config.hidden_act}"),
@@ -137,16 +137,10 @@ def obstacle(llm: nn.Module, config: Config) -> str | None:
     return None
 
 
-def _linears(layers: nn.Module) -> Iterator[Any]:
-    for layer in layers.children():
-        for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
-            yield from (getattr(part, name) for name in names)
-
-
 def _parts(llm: nn.Module) -> Iterator[object]:
     """What a CpuDecoder is made from."""
     model: Any = llm.model
-    for linear in _linears(model.layers):
+    for linear in linears_of(model.layers, ATTENTION, MLP):
         prepared = isinstance(linear, QuantLinear) and linear.prepared
         yield from (linear.packed if prepared else linear, linear.bias, prepared and linear.exact)
     for module in model.modules():

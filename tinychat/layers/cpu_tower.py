@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tinychat.layers.int8_linear import Int8Linear
-from tinychat.layers.one_call import Obstacle, Sizes, is_watched, refused
+from tinychat.layers.one_call import Obstacle, Sizes, is_watched, linears_of, refused
 from tinychat.layers.packed_linear import PackedLinear
 from tinychat_kernels.cpu import Packed
 
@@ -76,7 +76,7 @@ class CpuTower:
 
 def obstacle(tower: nn.Module) -> str | None:
     """Why a tower cannot run in one call; None where nothing is known."""
-    if not all(_is_held(linear) for linear in _linears(tower)):
+    if not all(_is_held(linear) for linear in linears_of(tower.get_submodule("encoder.layers"), ATTENTION, MLP)):
         return "its linears are not 8-bit ones that the CPU kernels hold"
     if any(tensor.device.type != "cpu" for tensor in tower.parameters()):
         return "it is not on the CPU"
@@ -88,15 +88,9 @@ def _is_held(linear: nn.Module) -> bool:
     return rounded or (isinstance(linear, Int8Linear) and linear.prepared)
 
 
-def _linears(tower: Any) -> Iterator[Any]:
-    for layer in tower.encoder.layers:
-        for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
-            yield from (getattr(part, name) for name in names)
-
-
 def _parts(tower: nn.Module) -> Iterator[object]:
     """What a CpuTower is made from."""
-    for linear in _linears(tower):
+    for linear in linears_of(tower.get_submodule("encoder.layers"), ATTENTION, MLP):
         yield from (_held(linear) if _is_held(linear) else linear, linear.bias)
     for module in tower.modules():
         if not isinstance(module, PackedLinear | Int8Linear):

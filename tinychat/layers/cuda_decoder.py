@@ -22,7 +22,7 @@ from tinychat.layers.head import PackedHead
 from tinychat.layers.kv_cache import KVCache, KVPool
 from tinychat.layers.linear import QuantLinear
 from tinychat.layers.norm import RMSNorm
-from tinychat.layers.one_call import Obstacle, refused
+from tinychat.layers.one_call import Obstacle, linears_of, refused
 from tinychat.layers.rotary import cos_sin
 from tinychat_kernels import cuda
 from tinychat_kernels.cuda_decoder import MOST_ROWS, Decoder, Layer, Linear, Step, Weights, check, examine
@@ -250,7 +250,7 @@ def _span(rows: list[int]) -> slice | list[int]:
 def obstacle(llm: nn.Module, config: Config) -> str | None:
     """Why a decoder (tinychat.models.llama.LlamaForCausalLM) cannot run on the kernels; None where nothing is known."""
     model: Any = llm.model
-    linears = list(_linears(model.layers))
+    linears = list(linears_of(model.layers, ATTENTION, MLP))
     if any(not isinstance(one, QuantLinear) or not isinstance(one.packed, Packed) for one in linears):
         return "its linears are not 4-bit ones that the CUDA kernels hold"
     devices = {str(tensor.device) for tensor in (model.embed_tokens.weight, *(one.packed.words for one in linears))}
@@ -273,16 +273,10 @@ def _device(llm: nn.Module) -> torch.device:
     return model.embed_tokens.weight.device
 
 
-def _linears(layers: nn.Module) -> Iterator[Any]:
-    for layer in layers.children():
-        for part, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
-            yield from (getattr(part, name) for name in names)
-
-
 def _parts(llm: nn.Module) -> Iterator[object]:
     """What a CudaDecoder is made from."""
     model: Any = llm.model
-    for linear in _linears(model.layers):
+    for linear in linears_of(model.layers, ATTENTION, MLP):
         prepared = isinstance(linear, QuantLinear) and linear.prepared
         yield from (linear.packed if prepared else linear, linear.bias)
     for module in model.modules():
@@ -336,7 +330,7 @@ def _one_of_each(llm: nn.Module) -> list[Layer]:
     model: Any = llm.model
     kinds: dict[object, Any] = {}
     for layer in model.layers:
-        packed = [one.packed for one in _linears(nn.ModuleList([layer]))]
+        packed = [one.packed for one in linears_of(nn.ModuleList([layer]), ATTENTION, MLP)]
         kinds.setdefault(tuple((p.inputs, p.outputs, p.group, p.bits, p.scale) for p in packed), layer)
     return [_layer(layer, None, keep=False) for layer in kinds.values()]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -35,6 +35,13 @@ def refused() -> Generator[None, None, None]:
         yield
     except KernelError as error:
         raise Obstacle(str(error)) from error
+
+
+def linears_of(layers: nn.Module, attention: Sequence[str], mlp: Sequence[str]) -> Iterator[Any]:
+    """Those of each layer by their names, attention's first."""
+    for layer in layers.children():
+        for part, names in ((layer.get_submodule("self_attn"), attention), (layer.get_submodule("mlp"), mlp)):
+            yield from (getattr(part, name) for name in names)
 
 
 def is_watched(part: nn.Module) -> bool:
