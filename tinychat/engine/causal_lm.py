@@ -1,6 +1,6 @@
 """A model that answers batches: each row's newest token goes in, its next one comes out.
 
-The class is LoRAX's CausalLM; chat, `ask` and the server go through it, by way of the scheduler.
+The class is LoRAX's CausalLM; chat and `ask` go through it, by way of the scheduler.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinychat.engine.detokenizer import token_text
 from tinychat.engine.draws import draw_rows
 from tinychat.engine.logprobs import with_texts
 from tinychat.engine.prefill import Cache, Draws, Filling, Model, running
-from tinychat.engine.rows import Reader, Row, text_ids
+from tinychat.engine.rows import Reader, Row
 from tinychat.engine.sampler import Draw, no_numbers
 from tinychat.engine.speculative import accept, propose
 from tinychat.errors import TinychatError, UsageError
@@ -77,6 +77,7 @@ class CausalLM:
 
     def _take(self, model: Model, reader: Reader, context: int) -> None:
         self.model, self.reader, self.context = model, reader, context
+        self._special: frozenset[int] = frozenset(getattr(reader.tokenizer, "all_special_ids", ()))
 
     @property
     def batch_type(self) -> type[CausalLMBatch]:
@@ -189,7 +190,7 @@ class CausalLM:
         if not self.speculate or len(batch) > 1:
             return []
         row = batch.rows[0]
-        return propose([*text_ids(row.prompt), *row.generated], min(self.speculate, row.remaining - 1))
+        return propose([*row.words, *row.generated], min(self.speculate, row.remaining - 1))
 
     def _verified(self, row: Row, guess: list[int], past: Cache) -> Drawn:
         """Read the newest token and the guess -> the tokens that come of them; the cache keeps what was right."""
@@ -225,12 +226,11 @@ class CausalLM:
                 break
         row.skipped += len(texts) - 1
         taken = draws[: len(texts)]
-        special: frozenset[int] = frozenset(getattr(tokenizer, "all_special_ids", ()))
         tokens = NextTokens(
             ids=tuple(drawn.token for drawn in taken),
             logprobs=tuple(drawn.logprob for drawn in taken),
             texts=tuple(texts),
-            is_special=tuple(drawn.token in special for drawn in taken),
+            is_special=tuple(drawn.token in self._special for drawn in taken),
             top=tuple(with_texts(drawn.top, partial(token_text, tokenizer)) for drawn in taken),
             processed_logprobs=tuple(drawn.processed_logprob for drawn in taken),
         )

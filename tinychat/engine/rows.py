@@ -30,7 +30,9 @@ class Reader(Protocol):
 
 @dataclass
 class Row:
-    """`ids` are the prompt's and the answer's, without its EOS. `asked` is what was given: it has the id.
+    """`ids` are the prompt's and the answer's, without its EOS; `words` the prompt's without image placeholders.
+
+    `asked` is what was given: it has the id.
 
     A row has ended where `reason` is set, or `error`: then it had no token to draw.
     """
@@ -40,6 +42,7 @@ class Row:
     chooser: Sampler
     stopping: Stopping
     detokenizer: Detokenizer
+    words: list[int]
     adapter: int = 0
     wants_prompt_logprobs: bool = False
     ids: list[int] = field(init=False)
@@ -66,10 +69,10 @@ class Row:
             )
         detokenizer = Detokenizer(reader.tokenizer)
         stopping = Stopping(request.stopping, reader.stop_ids, reader.stop_strings, detokenizer, room)
-        chooser = make_sampler(request.sampling, text_ids(prompt), device)
-        return cls(
-            request, prompt, chooser, stopping, detokenizer, wants_prompt_logprobs=request.sampling.prompt_logprobs
-        )
+        words = text_ids(prompt)
+        chooser = make_sampler(request.sampling, words, device)
+        wants_logprobs = request.sampling.prompt_logprobs
+        return cls(request, prompt, chooser, stopping, detokenizer, words, wants_prompt_logprobs=wants_logprobs)
 
     @property
     def id(self) -> Any:

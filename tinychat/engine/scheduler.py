@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from tinychat.core import Event, Failed, Finished, Generation, Progress, Request, Started, Token, Usage
-from tinychat.engine.causal_lm import CausalLM, CausalLMBatch, draw
+from tinychat.engine.batch import CausalLMBatch
+from tinychat.engine.causal_lm import CHUNK, CausalLM, draw
 from tinychat.engine.clock import Clock
 from tinychat.engine.prefill import Filling, last_tokens, reads_whole, running
 from tinychat.engine.rows import Row
 from tinychat.engine.slots import Slot, Slots
 from tinychat.errors import CapacityError, TinychatError, UsageError
 
-CHUNK = 512
 BETWEEN = 64  # tokens of a prompt that are read between the tokens of others
 
 
