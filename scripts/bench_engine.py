@@ -19,9 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from bench_peers import SHAPES, Comparison, Plan, Task, chosen, make_weights, result, say
+from bench_peers import SHAPES, Comparison, Plan, Task, chosen, common_parser, make_weights, numbers, result, say
 from peers import report
 from peers.process import Peer
 from peers.protocol import Setup
@@ -78,17 +77,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def parser() -> argparse.ArgumentParser:
-    numbers: Any = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    made = common_parser(__doc__, rounds=5)
     made.add_argument("--streams", type=numbers, default=[1, 2, 4, 8])
     made.add_argument("--tokens", type=int, default=48, help="new ones of a stream (%(default)s)")
     made.add_argument("--long", type=int, default=2000, help="tokens of the prompt that is taken in (%(default)s)")
-    made.add_argument("--rounds", type=int, default=5, help="after one that is not measured (%(default)s)")
-    made.add_argument("--threads", type=int, default=doctor.cpu()["usable_cores"])
-    made.add_argument("--only", type=lambda text: text.split(","), default=[], help="names, or their beginnings")
-    made.add_argument("--peers", type=Path, help="the folder of scripts/setup_peers")
-    made.add_argument("--folder", type=Path, help="for the weights and the results")
     return made
 
 

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -307,21 +306,31 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return Plan(setup, peers, tasks, args.rounds, args.seconds, environments.resolve())
 
 
-def parser() -> argparse.ArgumentParser:
-    numbers: Any = lambda text: [int(part) for part in text.split(",") if part]  # noqa: E731
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def numbers(text: str) -> list[int]:
+    """1,2,4 -> [1, 2, 4]."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def common_parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """What every comparison of programs may be told."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--shape", choices=sorted(SHAPES), default="1b")
-    made.add_argument("--rounds", type=int, default=9, help="after one that is not measured (%(default)s)")
+    made.add_argument("--rounds", type=int, default=rounds, help="after one that is not measured (%(default)s)")
     made.add_argument("--threads", type=int, default=doctor.cpu()["usable_cores"])
     made.add_argument("--only", type=lambda text: text.split(","), default=[], help="names, or their beginnings")
+    made.add_argument("--peers", type=Path, help="the folder of scripts/setup_peers")
+    made.add_argument("--folder", type=Path, help="for the weights and the results")
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    made = common_parser(__doc__, rounds=9)
     made.add_argument("--decode", type=int, default=128, help="tokens to decode (%(default)s)")
     made.add_argument("--depth", type=numbers, default=[0, 4096], help="contexts to decode at (0,4096)")
     made.add_argument("--prefill", type=numbers, default=[512, 2048], help="prompts (512,2048)")
     made.add_argument("--linears", type=numbers, default=[1, 512], help="rows for the linears alone (1,512)")
     made.add_argument("--picture", type=int, metavar="N", help="measure a picture and N tokens of text instead")
     made.add_argument("--seconds", type=float, default=6, help="of a decoding, at most (%(default)s)")
-    made.add_argument("--peers", type=Path, help="the folder of scripts/setup_peers")
-    made.add_argument("--folder", type=Path, help="for the weights and the results")
     return made
 
 

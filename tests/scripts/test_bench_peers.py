@@ -123,7 +123,16 @@ def test_a_comparison_becomes_an_object_a_page_and_a_chart(
 ):
     shape = Decoder(vocab_size=320, hidden_size=128, intermediate_size=256, layers=1, heads=2, kv_heads=1)
     monkeypatch.setattr(bench_peers, "SHAPES", {"tiny": shape})
-    arguments = ["--shape", "tiny", "--rounds", "2", "--threads", "1", "--only", "tinychat,torch bf16,llama.cpp Q4_0"]
+    arguments = [
+        "--shape",
+        "tiny",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--only",
+        "tinychat,tinychat exact,torch bf16,llama.cpp Q4_0",
+    ]
     arguments += ["--decode", "8", "--depth", "0,4", "--prefill", "8", "--linears", "1,4"]
     arguments += ["--seconds", "0.01", "--folder", str(tmp_path), "--peers", str(tmp_path / "none")]
     assert bench_peers.main(arguments) == 0
