@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from rank_pool import RankPool, pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by torch at its import: no need to import it here
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -68,3 +69,10 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         (CACHE / "kernels").mkdir(parents=True, exist_ok=True)
         Path(os.environ["TINYCHAT_CACHE"], "kernels").symlink_to(CACHE / "kernels")
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Processes that play the ranks of a tensor-parallel group."""
+    with pool() as running:
+        yield running

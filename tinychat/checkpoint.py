@@ -272,6 +272,7 @@ class Weights:
         self.index = index
         self.prefix = prefix
         self.dtype = dtype
+        self.group = group
         self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
 
     def get(self, name: str) -> Tensor:

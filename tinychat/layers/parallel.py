@@ -1,53 +1,139 @@
-"""Linear layers whose weights may be split over a tensor-parallel group; a group of one is a plain linear.
+"""Layers whose weights are split over the ranks of a group (Megatron-LM, arXiv 1909.08053); a group of one is plain.
 
-`weights` is a tinychat.checkpoint.Weights or None: with it a layer takes its part of the named tensors at once,
-without it the parameters stay empty for a loader to fill.
+A linear that is split by outputs ("column") gives a rank's part of the channels; one that is split by inputs ("row")
+takes such a part and gives one addend of a sum: `total` adds them up. A row linear's bias is rank 0's alone.
+
+`weights` is a tinychat.checkpoint.Weights, from which a layer takes its part of the named tensors at once; without it,
+or with `Later`, the parameters stay empty for a loader to fill.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from tinychat.errors import ModelError
+
+
+class Group(Protocol):
+    """The ranks that share a layer; torch.distributed's ProcessGroup is one."""
+
+    def rank(self) -> int: ...
+    def size(self) -> int: ...
+
+
+class Alone:
+    """The group of one."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+ALONE: Group = Alone()
 
 
 class WeightSource(Protocol):
     """What the layers ask of tinychat.checkpoint.Weights."""
 
+    @property
+    def group(self) -> Group | None: ...
     def get(self, name: str) -> Tensor: ...
     def get_sharded(self, name: str, dim: int) -> Tensor: ...
 
 
-def column_linear(prefix: str, inputs: int, outputs: int, weights: WeightSource | None, bias: bool = True) -> nn.Linear:
-    """A linear split by output rows (dimension 0 of weight and bias)."""
-    linear = nn.Linear(inputs, outputs, bias=bias)
-    if weights is not None:
-        fill(linear.weight, weights.get_sharded(f"{prefix}.weight", 0))
-        if bias:
-            fill(linear.bias, weights.get_sharded(f"{prefix}.bias", 0))
+@dataclass(frozen=True, slots=True)
+class Later:
+    """No weights yet: parameters have the sizes of a rank's share."""
+
+    group: Group = ALONE
+
+
+Source = WeightSource | Later | None
+
+
+def group_of(weights: Source) -> Group:
+    return (weights.group if weights is not None else None) or ALONE
+
+
+def column_linear(prefix: str, inputs: int, outputs: int, weights: Source, bias: bool = True) -> nn.Linear:
+    """A linear split by output rows (dimension 0 of weight and bias). Raises ModelError for outputs that do not divide.
+
+    Its result is this rank's part of the channels.
+    """
+    linear = nn.Linear(inputs, share(outputs, group_of(weights), f"outputs of {prefix}"), bias=bias)
+    fill(linear.weight, weights, f"{prefix}.weight", 0)
+    if bias:
+        fill(linear.bias, weights, f"{prefix}.bias", 0)
     return linear
 
 
-def row_linear(prefix: str, inputs: int, outputs: int, weights: WeightSource | None, bias: bool = True) -> nn.Linear:
-    """A linear split by input columns (dimension 1 of the weight); the bias belongs to the whole sum."""
-    linear = nn.Linear(inputs, outputs, bias=bias)
-    if weights is not None:
-        fill(linear.weight, weights.get_sharded(f"{prefix}.weight", 1))
-        if bias:
-            fill(linear.bias, weights.get(f"{prefix}.bias"))
+def row_linear(prefix: str, inputs: int, outputs: int, weights: Source, bias: bool = True) -> nn.Linear:
+    """A linear split by input columns (dimension 1 of the weight). Raises ModelError for inputs that do not divide.
+
+    Its result is an addend: `total` gives the sum. The bias is added on rank 0, the others hold zeros.
+    """
+    group = group_of(weights)
+    linear = nn.Linear(share(inputs, group, f"inputs of {prefix}"), outputs, bias=bias)
+    fill(linear.weight, weights, f"{prefix}.weight", 1)
+    if bias and group.rank() == 0:
+        fill(linear.bias, weights, f"{prefix}.bias")
+    elif bias:
+        nn.init.zeros_(linear.bias)
     return linear
 
 
-def replicated(module: nn.Module, prefix: str, weights: WeightSource | None) -> nn.Module:
+def replicated(module: nn.Module, prefix: str, weights: Source) -> nn.Module:
     """A module whose own parameters every rank holds whole."""
-    if weights is not None:
-        for name, parameter in module.named_parameters(recurse=False):
-            fill(parameter, weights.get(f"{prefix}.{name}"))
+    for name, parameter in module.named_parameters(recurse=False):
+        fill(parameter, weights, f"{prefix}.{name}")
     return module
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy a tensor of the same shape into a parameter, in the parameter's dtype."""
-    parameter.copy_(value)
+def fill(parameter: Tensor, weights: Source, name: str, dim: int | None = None) -> None:
+    """Copy a named tensor, or this rank's part of it along `dim`, into a parameter; its dtype stays."""
+    if weights is None or isinstance(weights, Later):
+        return
+    parameter.copy_(weights.get(name) if dim is None else weights.get_sharded(name, dim))
+
+
+def share(length: int, group: Group, what: str) -> int:
+    """A rank's equal part of a length. Raises ModelError where the ranks do not divide it."""
+    if length % group.size():
+        fitting = ", ".join(str(n) for n in range(1, length + 1) if length % n == 0)[:60]
+        raise ModelError(f"{group.size()} ranks do not divide the {length} {what}", f"take one of {fitting}")
+    return length // group.size()
+
+
+def total(x: Tensor, group: Group) -> Tensor:
+    """The sum of every rank's x, on every rank. Over several ranks it carries no gradient, and x is overwritten."""
+    if group.size() == 1:
+        return x
+    import torch.distributed as dist
+
+    x = x.detach().contiguous()
+    dist.all_reduce(x, group=_process_group(group))
+    return x
+
+
+def joined(x: Tensor, sizes: list[int], group: Group) -> Tensor:
+    """Every rank's `[..., n]`, n its own of `sizes`, side by side `[..., N]` on every rank, without a gradient."""
+    if group.size() == 1:
+        return x
+    import torch.distributed as dist
+
+    widest = max(sizes)
+    own = nn.functional.pad(x.detach(), (0, widest - x.shape[-1])).contiguous()
+    parts = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(parts, own, group=_process_group(group))
+    return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
+
+
+def _process_group(group: Group) -> Any:
+    return group

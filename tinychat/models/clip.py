@@ -11,15 +11,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tinychat.config import VisionConfig
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.attention import attend
-from tinychat.layers.parallel import WeightSource, column_linear, fill, replicated, row_linear
+from tinychat.layers.parallel import Source, column_linear, fill, replicated, row_linear
 
 
 class CLIPVisionEmbeddings(nn.Module):
     """pixels `[N, 3, H, W]` -> `[N, 1 + patches, D]`: the class token, then the patches row by row, with positions."""
 
-    def __init__(
-        self, prefix: str, config: VisionConfig | PretrainedConfig, weights: WeightSource | None = None
-    ) -> None:
+    def __init__(self, prefix: str, config: VisionConfig | PretrainedConfig, weights: Source = None) -> None:
         super().__init__()
         self.config = config = VisionConfig.of(config)
         self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
@@ -27,8 +25,7 @@ class CLIPVisionEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
         self.position_embedding = nn.Embedding(config.grid**2 + 1, config.hidden_size)
-        if weights is not None:
-            fill(self.class_embedding, weights.get(f"{prefix}.class_embedding"))
+        fill(self.class_embedding, weights, f"{prefix}.class_embedding")
         for name in ("patch_embedding", "position_embedding"):
             replicated(getattr(self, name), f"{prefix}.{name}", weights)
 
@@ -43,7 +40,7 @@ class CLIPVisionEmbeddings(nn.Module):
 class CLIPAttention(nn.Module):
     """[N, S, D] -> [N, S, D]: every position looks at every other."""
 
-    def __init__(self, prefix: str, config: VisionConfig, weights: WeightSource | None = None) -> None:
+    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.num_attention_heads
@@ -65,7 +62,7 @@ class CLIPAttention(nn.Module):
 class CLIPMLP(nn.Module):
     """[..., D] -> [..., D]."""
 
-    def __init__(self, prefix: str, config: VisionConfig, weights: WeightSource | None = None) -> None:
+    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
         super().__init__()
         self.fc1 = column_linear(f"{prefix}.fc1", config.hidden_size, config.intermediate_size, weights)
         self.act = ACT2FN[config.hidden_act]
@@ -78,7 +75,7 @@ class CLIPMLP(nn.Module):
 class CLIPEncoderLayer(nn.Module):
     """[N, S, D] -> [N, S, D]: attention and MLP, each behind a norm and a residual sum."""
 
-    def __init__(self, prefix: str, config: VisionConfig, weights: WeightSource | None = None) -> None:
+    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
         super().__init__()
         self.layer_norm1 = layer_norm(f"{prefix}.layer_norm1", config, weights)
         self.self_attn = CLIPAttention(f"{prefix}.self_attn", config, weights)
@@ -93,7 +90,7 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     """The layers; `depth` of them are run."""
 
-    def __init__(self, prefix: str, config: VisionConfig, weights: WeightSource | None = None) -> None:
+    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
         super().__init__()
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(CLIPEncoderLayer(f"{prefix}.layers.{i}", config, weights) for i in layers)
@@ -114,9 +111,7 @@ class CLIPEncoder(nn.Module):
 class CLIPVisionTransformer(nn.Module):
     """pixels `[N, 3, H, W]` -> last_hidden_state `[N, 1 + patches, D]`, CLS first, and pooler_output `[N, D]`."""
 
-    def __init__(
-        self, prefix: str, config: VisionConfig | PretrainedConfig, weights: WeightSource | None = None
-    ) -> None:
+    def __init__(self, prefix: str, config: VisionConfig | PretrainedConfig, weights: Source = None) -> None:
         super().__init__()
         self.config = config = VisionConfig.of(config)
         self.embeddings = CLIPVisionEmbeddings(f"{prefix}.embeddings", config, weights)
@@ -138,7 +133,7 @@ class CLIPVisionTransformer(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
 
-def layer_norm(prefix: str, config: VisionConfig, weights: WeightSource | None) -> nn.Module:
+def layer_norm(prefix: str, config: VisionConfig, weights: Source) -> nn.Module:
     """A LayerNorm over the tower's width."""
     return replicated(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), prefix, weights)
 

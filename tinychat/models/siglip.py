@@ -8,14 +8,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tinychat.config import VisionConfig
 from tinychat.errors import UsageError
-from tinychat.layers.parallel import WeightSource, replicated
+from tinychat.layers.parallel import Source, replicated
 from tinychat.models.clip import CLIPEncoder, check_pixels, layer_norm
 
 
 class SiglipVisionEmbeddings(nn.Module):
     """pixels `[N, 3, H, W]` -> `[N, patches, D]`: the patches row by row, with positions."""
 
-    def __init__(self, prefix: str, config: VisionConfig, weights: WeightSource | None = None) -> None:
+    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
         super().__init__()
         self.config = config
         self.patch_embedding = nn.Conv2d(
@@ -34,9 +34,7 @@ class SiglipVisionEmbeddings(nn.Module):
 class SiglipVisionTransformer(nn.Module):
     """pixels `[N, 3, H, W]` -> last_hidden_state `[N, patches, D]` after the last norm; no pooling head."""
 
-    def __init__(
-        self, prefix: str, config: VisionConfig | PretrainedConfig, weights: WeightSource | None = None
-    ) -> None:
+    def __init__(self, prefix: str, config: VisionConfig | PretrainedConfig, weights: Source = None) -> None:
         super().__init__()
         self.config = config = VisionConfig.of(config)
         self.embeddings = SiglipVisionEmbeddings(f"{prefix}.embeddings", config, weights)

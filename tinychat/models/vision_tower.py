@@ -11,7 +11,7 @@ from transformers.configuration_utils import PretrainedConfig
 from tinychat.config import VisionConfig
 from tinychat.layers.cpu_tower import CpuTower
 from tinychat.layers.one_call import Obstacle
-from tinychat.layers.parallel import WeightSource
+from tinychat.layers.parallel import Source
 from tinychat.models.clip import CLIPVisionTransformer, check_pixels
 from tinychat.models.siglip import SiglipVisionTransformer
 
@@ -24,7 +24,7 @@ class VisionTower(nn.Module):
     Of several layers the features are joined: Dv is their widths' sum.
     """
 
-    def __init__(self, config: VisionConfig | PretrainedConfig, weights: WeightSource | None = None) -> None:
+    def __init__(self, config: VisionConfig | PretrainedConfig, weights: Source = None) -> None:
         super().__init__()
         self.config = VisionConfig.of(config)
         self.vision_model = _TOWERS[self.config.family]("vision_model", self.config, weights)
