@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,9 @@ class Tensors:
 
     def get_sharded(self, name: str, dim: int) -> Tensor:
         return self.tensors[name].chunk(self.group.size(), dim)[self.group.rank()]
+
+    def get_multi_sharded(self, names: Sequence[str], dim: int) -> Tensor:
+        return torch.cat([self.get_sharded(name, dim) for name in names], dim)
 
 
 def tensors() -> dict[str, Tensor]:

@@ -9,11 +9,13 @@ or with `Later`, the parameters stay empty for a loader to fill.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from tinychat.errors import ModelError
 
@@ -45,6 +47,7 @@ class WeightSource(Protocol):
     def group(self) -> Group | None: ...
     def get(self, name: str) -> Tensor: ...
     def get_sharded(self, name: str, dim: int) -> Tensor: ...
+    def get_multi_sharded(self, names: Sequence[str], dim: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,26 @@ def column_linear(prefix: str, inputs: int, outputs: int, weights: Source, bias:
 
     Its result is this rank's part of the channels.
     """
-    linear = nn.Linear(inputs, share(outputs, group_of(weights), f"outputs of {prefix}"), bias=bias)
+    linear = _linear(inputs, share(outputs, group_of(weights), f"outputs of {prefix}"), weights, bias)
     fill(linear.weight, weights, f"{prefix}.weight", 0)
     if bias:
         fill(linear.bias, weights, f"{prefix}.bias", 0)
     return linear
+
+
+def column_linears(
+    prefix: str, names: Sequence[str], inputs: int, outputs: int, weights: Source, bias: bool = True
+) -> list[nn.Linear]:
+    """Linears of one input, each split by output rows; filled from a checkpoint, their parts lie side by side."""
+    part = share(outputs, group_of(weights), f"outputs of {prefix}.{names[0]}")
+    linears = [_linear(inputs, part, weights, bias) for _ in names]
+    if weights is None or isinstance(weights, Later):
+        return linears
+    for kind in ("weight", "bias") if bias else ("weight",):
+        whole = weights.get_multi_sharded([f"{prefix}.{name}.{kind}" for name in names], 0)
+        for linear, name, own in zip(linears, names, whole.chunk(len(names)), strict=True):
+            _put(getattr(linear, kind), own, f"{prefix}.{name}.{kind}")
+    return linears
 
 
 def row_linear(prefix: str, inputs: int, outputs: int, weights: Source, bias: bool = True) -> nn.Linear:
@@ -79,7 +97,7 @@ def row_linear(prefix: str, inputs: int, outputs: int, weights: Source, bias: bo
     Its result is an addend: `total` gives the sum. The bias is added on rank 0, the others hold zeros.
     """
     group = group_of(weights)
-    linear = nn.Linear(share(inputs, group, f"inputs of {prefix}"), outputs, bias=bias)
+    linear = _linear(share(inputs, group, f"inputs of {prefix}"), outputs, weights, bias)
     fill(linear.weight, weights, f"{prefix}.weight", 1)
     if bias and group.rank() == 0:
         fill(linear.bias, weights, f"{prefix}.bias")
@@ -95,12 +113,19 @@ def replicated(module: nn.Module, prefix: str, weights: Source) -> nn.Module:
     return module
 
 
-@torch.no_grad()
 def fill(parameter: Tensor, weights: Source, name: str, dim: int | None = None) -> None:
-    """Copy a named tensor, or this rank's part of it along `dim`, into a parameter; its dtype stays."""
+    """Make a named tensor, or this rank's part of it along `dim`, the data of a parameter, in the source's dtype.
+
+    Raises ModelError where it has another shape.
+    """
     if weights is None or isinstance(weights, Later):
         return
-    parameter.copy_(weights.get(name) if dim is None else weights.get_sharded(name, dim))
+    _put(parameter, weights.get(name) if dim is None else weights.get_sharded(name, dim), name)
+
+
+def dotted(prefix: str, name: str) -> str:
+    """A name under a prefix, which may be empty."""
+    return f"{prefix}.{name}" if prefix else name
 
 
 def share(length: int, group: Group, what: str) -> int:
@@ -137,3 +162,19 @@ def joined(x: Tensor, sizes: list[int], group: Group) -> Tensor:
 
 def _process_group(group: Group) -> Any:
     return group
+
+
+def _linear(inputs: int, outputs: int, weights: Source, bias: bool) -> nn.Linear:
+    """An nn.Linear; no numbers are drawn for parameters that are filled at once."""
+    if weights is None or isinstance(weights, Later):
+        return nn.Linear(inputs, outputs, bias=bias)
+    linear = skip_init(nn.Linear, inputs, outputs, bias=bias)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _put(parameter: Tensor, tensor: Tensor, name: str) -> None:
+    if tensor.shape != parameter.shape:
+        message = f"{name} is {list(tensor.shape)}, {list(parameter.shape)} is needed"
+        raise ModelError(message, "check that config.json and the weights belong together")
+    parameter.data = tensor

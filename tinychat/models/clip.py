@@ -1,17 +1,49 @@
-"""The CLIP vision transformer (arXiv 2103.00020), its weights split over a tensor-parallel group where there is one."""
+"""CLIP (arXiv 2103.00020): the vision tower that the chat uses, the text encoder, and both in one space.
+
+Constructors take a prefix, a config (ours or transformers') and the weights that they fill themselves from, which may
+be split over the ranks of a tensor-parallel group.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch.nn.functional import cross_entropy, normalize
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
 
 from tinychat.config import VisionConfig
 from tinychat.errors import ModelError, UsageError
-from tinychat.layers.attention import attend
-from tinychat.layers.parallel import Source, column_linear, fill, replicated, row_linear
+from tinychat.layers.parallel import Source, dotted, fill, replicated
+from tinychat.models.clip_encoder import (
+    CLIPMLP,
+    CLIPAttention,
+    CLIPEncoder,
+    CLIPEncoderLayer,
+    CLIPTextEmbeddings,
+    check_ids,
+    last_of,
+    layer_norm,
+    padding_mask,
+)
+from tinychat.models.dual_config import LEGACY_EOS, DualConfig, TextEncoderConfig
+
+__all__ = [
+    "CLIPMLP",
+    "CLIPAttention",
+    "CLIPEncoder",
+    "CLIPEncoderLayer",
+    "CLIPModel",
+    "CLIPTextEmbeddings",
+    "CLIPTextModel",
+    "CLIPTextTransformer",
+    "CLIPVisionEmbeddings",
+    "CLIPVisionModel",
+    "CLIPVisionTransformer",
+]
 
 
 class CLIPVisionEmbeddings(nn.Module):
@@ -37,105 +69,175 @@ class CLIPVisionEmbeddings(nn.Module):
         return torch.cat((first, patches), dim=1) + self.position_embedding.weight
 
 
-class CLIPAttention(nn.Module):
-    """[N, S, D] -> [N, S, D]: every position looks at every other."""
-
-    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        if size % self.num_heads:
-            raise ModelError(f"a width of {size} does not divide by {self.num_heads} heads", "check the vision config")
-        self.q_proj = column_linear(f"{prefix}.q_proj", size, size, weights)
-        self.k_proj = column_linear(f"{prefix}.k_proj", size, size, weights)
-        self.v_proj = column_linear(f"{prefix}.v_proj", size, size, weights)
-        self.out_proj = row_linear(f"{prefix}.out_proj", size, size, weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(attend(q, k, v, None).transpose(1, 2).flatten(2))
-
-
-class CLIPMLP(nn.Module):
-    """[..., D] -> [..., D]."""
-
-    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
-        super().__init__()
-        self.fc1 = column_linear(f"{prefix}.fc1", config.hidden_size, config.intermediate_size, weights)
-        self.act = ACT2FN[config.hidden_act]
-        self.fc2 = row_linear(f"{prefix}.fc2", config.intermediate_size, config.hidden_size, weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class CLIPEncoderLayer(nn.Module):
-    """[N, S, D] -> [N, S, D]: attention and MLP, each behind a norm and a residual sum."""
-
-    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
-        super().__init__()
-        self.layer_norm1 = layer_norm(f"{prefix}.layer_norm1", config, weights)
-        self.self_attn = CLIPAttention(f"{prefix}.self_attn", config, weights)
-        self.layer_norm2 = layer_norm(f"{prefix}.layer_norm2", config, weights)
-        self.mlp = CLIPMLP(f"{prefix}.mlp", config, weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class CLIPEncoder(nn.Module):
-    """The layers; `depth` of them are run."""
-
-    def __init__(self, prefix: str, config: VisionConfig, weights: Source = None) -> None:
-        super().__init__()
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(CLIPEncoderLayer(f"{prefix}.layers.{i}", config, weights) for i in layers)
-
-    def forward(self, x: Tensor, depth: int) -> Tensor:
-        for layer in self.layers[:depth]:
-            x = layer(x)
-        return x
-
-    def depth(self, select_layer: int) -> int:
-        """Layers to run for hidden_states[select_layer], where hidden_states[0] are the embeddings."""
-        count = len(self.layers)
-        if not -count - 1 <= select_layer <= count:
-            raise ModelError(f"select_layer is {select_layer}, the tower has {count} layers", "check the config")
-        return select_layer if select_layer >= 0 else count + 1 + select_layer
-
-
 class CLIPVisionTransformer(nn.Module):
     """pixels `[N, 3, H, W]` -> last_hidden_state `[N, 1 + patches, D]`, CLS first, and pooler_output `[N, D]`."""
 
     def __init__(self, prefix: str, config: VisionConfig | PretrainedConfig, weights: Source = None) -> None:
         super().__init__()
         self.config = config = VisionConfig.of(config)
-        self.embeddings = CLIPVisionEmbeddings(f"{prefix}.embeddings", config, weights)
-        self.pre_layrnorm = layer_norm(f"{prefix}.pre_layrnorm", config, weights)  # the checkpoints' own spelling
-        self.encoder = CLIPEncoder(f"{prefix}.encoder", config, weights)
-        self.post_layernorm = layer_norm(f"{prefix}.post_layernorm", config, weights)
+        self.embeddings = CLIPVisionEmbeddings(dotted(prefix, "embeddings"), config, weights)
+        self.pre_layrnorm = layer_norm(dotted(prefix, "pre_layrnorm"), config, weights)  # the checkpoints' own spelling
+        self.encoder = CLIPEncoder(dotted(prefix, "encoder"), config, weights)
+        self.post_layernorm = layer_norm(dotted(prefix, "post_layernorm"), config, weights)
 
     def hidden_state(self, pixel_values: Tensor, select_layer: int = -1) -> Tensor:
         """hidden_states[select_layer] `[N, 1 + patches, D]`; layers beyond it are not run."""
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         return self.encoder(x, self.encoder.depth(select_layer))
 
-    def forward(self, pixel_values: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """Raises UsageError without pixels."""
+    def forward(
+        self, pixel_values: Tensor | None = None, output_hidden_states: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """With all hidden states where they are wanted. Raises UsageError without pixels."""
         if pixel_values is None:
             raise UsageError("pixel_values is None", "give pixels [N, 3, H, W]")
-        hidden = self.hidden_state(pixel_values)
+        states = self.encoder.states(self.pre_layrnorm(self.embeddings(pixel_values)))
+        hidden, kept = last_of(states, output_hidden_states)
         pooled = self.post_layernorm(hidden[:, 0])
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled, hidden_states=kept)
 
 
-def layer_norm(prefix: str, config: VisionConfig, weights: Source) -> nn.Module:
-    """A LayerNorm over the tower's width."""
-    return replicated(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps), prefix, weights)
+class CLIPVisionModel(nn.Module):
+    """The vision tower under its name in a checkpoint, `vision_model`."""
+
+    def __init__(self, prefix: str, config: VisionConfig | PretrainedConfig, weights: Source = None) -> None:
+        super().__init__()
+        self.vision_model = CLIPVisionTransformer(dotted(prefix, "vision_model"), config, weights)
+
+    def forward(
+        self, pixel_values: Tensor | None = None, output_hidden_states: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """As CLIPVisionTransformer."""
+        return self.vision_model(pixel_values, output_hidden_states)
+
+
+class CLIPTextTransformer(nn.Module):
+    """ids `[N, T]` -> last_hidden_state `[N, T, D]` after the last norm, and pooler_output `[N, D]` at the text's end.
+
+    A token looks at what is before it and is no padding.
+    """
+
+    def __init__(self, prefix: str, config: TextEncoderConfig | PretrainedConfig, weights: Source = None) -> None:
+        super().__init__()
+        self.config = config = TextEncoderConfig.of(config)
+        self.embeddings = CLIPTextEmbeddings(dotted(prefix, "embeddings"), config, weights)
+        self.encoder = CLIPEncoder(dotted(prefix, "encoder"), config, weights)
+        self.final_layer_norm = layer_norm(dotted(prefix, "final_layer_norm"), config, weights)
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """`attention_mask [N, T]`: 0 = padding. Raises UsageError for ids or a mask that do not fit."""
+        ids = check_ids(input_ids, attention_mask, self.config)
+        ends = text_ends(ids, self.config.eos_token_id)
+        mask = padding_mask(attention_mask, causal=True)
+        states = self.encoder.states(self.embeddings(ids), mask, causal=mask is None)
+        hidden, kept = last_of(states, output_hidden_states)
+        hidden = self.final_layer_norm(hidden)
+        pooled = hidden[torch.arange(len(ids), device=ids.device), ends]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled, hidden_states=kept)
+
+
+class CLIPTextModel(nn.Module):
+    """The text encoder under its name in a checkpoint, `text_model`."""
+
+    def __init__(self, prefix: str, config: TextEncoderConfig | PretrainedConfig, weights: Source = None) -> None:
+        super().__init__()
+        self.text_model = CLIPTextTransformer(dotted(prefix, "text_model"), config, weights)
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """As CLIPTextTransformer."""
+        return self.text_model(input_ids, attention_mask, output_hidden_states)
+
+
+@dataclass
+class ContrastiveOutput(ModelOutput):
+    """What transformers' CLIPOutput and SiglipOutput hold; embeddings `[N, P]` have length 1."""
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+
+class CLIPModel(nn.Module):
+    """Pictures and texts in one space, and how well each picture fits each text."""
+
+    def __init__(self, prefix: str, config: DualConfig | PretrainedConfig, weights: Source = None) -> None:
+        super().__init__()
+        self.config = config = DualConfig.of(config)
+        self.text_model = CLIPTextTransformer(dotted(prefix, "text_model"), config.text, weights)
+        self.vision_model = CLIPVisionTransformer(dotted(prefix, "vision_model"), config.vision, weights)
+        self.visual_projection = nn.Linear(config.vision.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        for name in ("visual_projection", "text_projection"):
+            replicated(getattr(self, name), dotted(prefix, name), weights)
+        fill(self.logit_scale, weights, dotted(prefix, "logit_scale"))
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Texts `[N, T]` in the common space `[N, P]`, of any length."""
+        return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Pictures `[N, 3, H, W]` in the common space `[N, P]`, of any length."""
+        return self.visual_projection(self.vision_model(pixel_values).pooler_output)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = False,
+        output_hidden_states: bool = False,
+    ) -> ContrastiveOutput:
+        """logits_per_image `[pictures, texts]`; the loss takes text i to belong to picture i."""
+        vision = self.vision_model(pixel_values, output_hidden_states)
+        text = self.text_model(input_ids, attention_mask, output_hidden_states)
+        vision.pooler_output = self.visual_projection(vision.pooler_output)
+        text.pooler_output = self.text_projection(text.pooler_output)
+        images, texts = (normalize(output.pooler_output, dim=-1) for output in (vision, text))
+        logits = texts @ images.T * self.logit_scale.exp()
+        return ContrastiveOutput(
+            loss=contrastive_loss(logits) if return_loss else None,
+            logits_per_image=logits.T,
+            logits_per_text=logits,
+            text_embeds=texts,
+            image_embeds=images,
+            text_model_output=text,
+            vision_model_output=vision,
+        )
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """Mean cross entropy of picking each row's column and each column's row. Raises UsageError unless square."""
+    check_pairs(logits)
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (cross_entropy(logits, pairs) + cross_entropy(logits.T, pairs)) / 2
+
+
+def check_pairs(logits: Tensor) -> None:
+    """Raise UsageError where there is no picture for each text `[texts, pictures]`."""
+    texts, pictures = logits.shape
+    if texts != pictures:
+        message = f"{texts} texts and {pictures} pictures are no pairs, so there is no loss"
+        raise UsageError(message, "give as many texts as pictures, or leave out return_loss")
+
+
+def text_ends(ids: Tensor, eos_token_id: int) -> Tensor:
+    """Where each text `[N, T]` ends `[N]`: at the first eos, or, in legacy configs, at the highest id."""
+    if eos_token_id == LEGACY_EOS:
+        return ids.argmax(-1)
+    ends = ids == eos_token_id
+    if not bool((found := ends.any(-1)).all()):
+        message = f"text {found.long().argmin()} has no token {eos_token_id}, which ends a text"
+        raise UsageError(message, "use the checkpoint's own tokenizer, and keep the last token of a text that is cut")
+    return ends.long().argmax(-1)
 
 
 def check_pixels(pixels: Tensor, config: VisionConfig) -> None:
