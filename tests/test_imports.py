@@ -54,6 +54,7 @@ VERBS = {"tinychat.cli", "tinychat.ask", "tinychat.bench", "tinychat.doctor", "t
 ASSEMBLY = {
     "tinychat.load",
     "tinychat.placement",
+    "tinychat.sharding",
     "tinychat.quantization",
     "tinychat.int8_tower",
     "tinychat.repack",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +12,24 @@ from torch import nn
 
 from tinychat import checkpoint, cuda_packing
 from tinychat.checkpoint import Index
-from tinychat.config import FLOAT_TYPES, VilaConfig, read_config, read_json
+from tinychat.config import FLOAT_TYPES, TextConfig, VilaConfig, read_config, read_json
 from tinychat.core import Progress
 from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
 from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
 from tinychat.int8_tower import int8_linears, swap_int8
+from tinychat.layers.parallel import ALONE, Group
 from tinychat.packing import Note, Packing, fill, notes_of, packing_of, prepare_tower, waits_for_compiler
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
+from tinychat.sharding import Cutting, sharded, share_of
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
 
 if TYPE_CHECKING:
     from tinychat.inputs.processor import Processor
+    from tinychat.models.shares import Share
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
     from tinychat.planner import Plan
 
@@ -83,7 +86,7 @@ def load_model(
 class Source:
     """A model folder that was opened: nothing but headers is read yet. Names of `index` are those in memory.
 
-    `int8` names the 8-bit linears of the vision tower.
+    `int8` names the 8-bit linears of the vision tower. With a `share` index and spec are those of one rank.
     """
 
     folder: Path
@@ -91,6 +94,12 @@ class Source:
     index: Index
     spec: QuantSpec | None
     int8: frozenset[str] = frozenset()
+    share: Share | None = None
+
+    @property
+    def text(self) -> TextConfig:
+        """The decoder's sizes, or those of the rank's share of it."""
+        return self.config.text if self.share is None else self.share.config
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +121,15 @@ def load_folder(
     rows: int = 1,
     template: str | None = None,
     progress: Report | None = None,
+    group: Group = ALONE,
 ) -> Ready:
-    """The assembly line: everything that can be refused is refused before the weights' data is read."""
+    """The assembly line: everything that can be refused is refused before the weights' data is read.
+
+    Of several ranks in the group each gets its part of the model.
+    """
     from tinychat.inputs.processor import Processor
 
-    source = open_source(folder)
+    source = open_source(folder, group)
     tokens = choose_context(source.config, context)
     if progress is not None and waits_for_compiler(source, placement):
         progress(Progress("", "compile", 0, 1))
@@ -141,12 +154,24 @@ def longest_context(config: VilaConfig) -> int | None:
     return None if config.text.rope.type == "dynamic" else config.text.max_position_embeddings
 
 
-def open_source(folder: Path) -> Source:
-    """Read a folder's config and its weights' headers. For original LLaVA the vision tower is found, or fetched."""
+def open_source(folder: Path, group: Group = ALONE) -> Source:
+    """Read a folder's config and its weights' headers. For original LLaVA the vision tower is found, or fetched.
+
+    Of several ranks in the group each sees its own part. Raises ModelError where they cannot share the model.
+    """
     config = read_config(folder)
     index = open_index(folder, config)
     renamed = index.renamed(config.layout)
-    return Source(folder, config, renamed, quant_spec(config, index), int8_linears(config, renamed))
+    source = Source(folder, config, renamed, quant_spec(config, index), int8_linears(config, renamed))
+    return source if group.size() == 1 else _shared(source, group)
+
+
+def _shared(source: Source, group: Group) -> Source:
+    """One rank's part of what was opened."""
+    text = source.config.text
+    share, spec = share_of(text, group, source.spec)
+    cutting = Cutting(share, text.head_dim, source.config.vision, source.spec, spec)
+    return replace(source, index=sharded(source.index, cutting), spec=spec, share=share)
 
 
 def open_index(folder: Path, config: VilaConfig) -> Index:
@@ -180,7 +205,8 @@ def assemble(
     """
     packing, for_cuda = packing_of(source, placement), cuda_packing.applies(source, placement)
     device, dtype = placement.main_device, _dtype_of(source, placement, packing)
-    model = empty_model(source.config, dtype, source.spec, frozenset(packed_linears(source.index)), source.int8)
+    packed = frozenset(packed_linears(source.index))
+    model = empty_model(source.config, dtype, source.spec, packed, source.int8, source.share)
     device_map = None
     if placement.device_map is not None:
         device_map = make_device_map(model, placement.device_map, placement.max_memory, dtype)
@@ -237,13 +263,17 @@ def empty_model(
     spec: QuantSpec | None = None,
     packed: Collection[str] = (),
     int8: Collection[str] = (),
+    share: Share | None = None,
 ) -> VilaLlamaForCausalLM:
-    """The structure on the meta device; linears named in `packed` are quantized as `spec` says, those in `int8` too."""
+    """The structure on the meta device; linears named in `packed` are quantized as `spec` says, those in `int8` too.
+
+    With a `share` it is one rank's part.
+    """
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
 
     config.dtype = dtype
     with torch.device("meta"):
-        model = VilaLlamaForCausalLM(config)
+        model = VilaLlamaForCausalLM.of_share(config, share)
         if spec is not None:
             swap_quantized(model, spec, packed)
         swap_int8(model, int8)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tinychat.layers.kv_cache import KVCache
+from tinychat.layers.parallel import ALONE, Group, total
 from tinychat.layers.rotary import rotate
 
 
@@ -90,10 +91,14 @@ def causal_mask(starts: list[int], count: int, length: int, window: int | None, 
 
 
 class CausalSelfAttention(nn.Module):
-    """[B, T, D] -> [B, T, D]: rotary positions, grouped key and value heads, an optional sliding window."""
+    """[B, T, D] -> [B, T, D]: rotary positions, grouped key and value heads, an optional sliding window.
 
-    def __init__(self, config: DecoderShape, layer: int, window: int | None) -> None:
+    The heads are those of one rank of the group, of which `config` tells the number.
+    """
+
+    def __init__(self, config: DecoderShape, layer: int, window: int | None, group: Group = ALONE) -> None:
         super().__init__()
+        self.group = group
         self.layer = layer
         self.window = window
         self.head_dim = config.head_dim
@@ -112,7 +117,7 @@ class CausalSelfAttention(nn.Module):
             span.cache.write(self.layer, k, v, span.starts)
             k, v = (part.to(q.dtype) for part in span.cache.view(self.layer, span.length))
         out, weights = self._attend(q, k, v, span, want_weights)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, count, -1)), weights
+        return total(self.o_proj(out.transpose(1, 2).reshape(rows, count, -1)), self.group), weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, span: Span, want_weights: bool) -> tuple[Tensor, Tensor | None]:
         window = self.window if self.window is not None and self.window < span.length else None

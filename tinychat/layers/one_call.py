@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from tinychat.layers.parallel import Group
 from tinychat_kernels.errors import KernelError
 
 
@@ -47,3 +48,8 @@ def linears_of(layers: nn.Module, attention: Sequence[str], mlp: Sequence[str]) 
 def is_watched(part: nn.Module) -> bool:
     """Whether hooks want to see what the modules do, or have taken over."""
     return any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in part.modules())
+
+
+def split(group: Group) -> str | None:
+    """What keeps a part that the ranks of a group share from running as a whole: sums within it."""
+    return f"{group.size()} ranks share it" if group.size() > 1 else None

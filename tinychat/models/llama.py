@@ -13,7 +13,9 @@ from tinychat.config import TextConfig
 from tinychat.layers.attention import CausalSelfAttention, Span
 from tinychat.layers.kv_cache import KVCache
 from tinychat.layers.norm import RMSNorm
+from tinychat.layers.parallel import ALONE, Group, joined, total
 from tinychat.layers.rotary import cos_sin
+from tinychat.models.shares import Share
 
 
 class DecoderOutput(NamedTuple):
@@ -28,8 +30,9 @@ class DecoderOutput(NamedTuple):
 class MLP(nn.Module):
     """[..., D] -> [..., D]: gated (SwiGLU, arXiv 2002.05202)."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, group: Group = ALONE) -> None:
         super().__init__()
+        self.group = group
         sizes = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(*sizes, bias=config.mlp_bias)
         self.up_proj = nn.Linear(*sizes, bias=config.mlp_bias)
@@ -37,18 +40,18 @@ class MLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return total(self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)), self.group)
 
 
 class DecoderLayer(nn.Module):
     """[B, T, D] -> [B, T, D]: attention and MLP, each behind a norm and a residual sum."""
 
-    def __init__(self, config: TextConfig, layer: int) -> None:
+    def __init__(self, config: TextConfig, layer: int, group: Group = ALONE) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = CausalSelfAttention(config, layer, config.windows[layer])
+        self.self_attn = CausalSelfAttention(config, layer, config.windows[layer], group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
 
     def forward(self, x: Tensor, span: Span, want_weights: bool) -> tuple[Tensor, Tensor | None]:
         mixed, weights = self.self_attn(self.input_layernorm(x), span, want_weights)
@@ -59,12 +62,21 @@ class DecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embeddings `[B, T, D]` -> hidden states; reads and writes the KV cache that it is given."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, share: Share) -> None:
         super().__init__()
-        self.config = config
+        self.share = share
+        self.config = config = share.config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i, share.group) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> embeddings `[..., D]`; each rank looks its own part of the vocabulary up."""
+        if self.share.group.size() == 1:
+            return self.embed_tokens(ids)
+        own = ids - self.share.vocabulary.start
+        mine = (own >= 0) & (own < len(self.share.vocabulary))
+        return total(self.embed_tokens(own.masked_fill(~mine, 0)) * mine[..., None], self.share.group)
 
     def forward(
         self,
@@ -100,14 +112,23 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The decoder with its head. Takes our TextConfig or a transformers Llama, Mistral or Qwen2 config."""
+    """The decoder with its head. Takes our TextConfig or a transformers Llama, Mistral or Qwen2 config.
 
-    def __init__(self, config: TextConfig | PretrainedConfig) -> None:
+    With a `share` it is one rank's part: all ranks are called alike, and each gets the whole logits.
+    """
+
+    def __init__(self, config: TextConfig | PretrainedConfig, share: Share | None = None) -> None:
         super().__init__()
-        self.config = TextConfig.of(config)
-        self.model = LlamaModel(self.config)
+        share = share or Share.of(TextConfig.of(config))
+        self.model = LlamaModel(share)
+        self.take(share)
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         self.tie_weights()
+
+    def take(self, share: Share) -> None:
+        """Have these sizes from now on."""
+        self.share = self.model.share = share
+        self.config = self.model.config = share.config
 
     def tie_weights(self) -> None:
         """Make the head share the embeddings' parameter where the config says so; a packed head is one for itself."""
@@ -116,4 +137,4 @@ class LlamaForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[B, T, D]` -> fp32 `[B, T, V]`."""
-        return self.lm_head(hidden).float()
+        return joined(self.lm_head(hidden).float(), [len(part) for part in self.share.vocabularies], self.share.group)

@@ -21,10 +21,11 @@ from tinychat.errors import ModelError, UsageError
 from tinychat.layers.cpu_decoder import CpuDecoder
 from tinychat.layers.cuda_decoder import CudaDecoder, Refusal
 from tinychat.layers.kv_cache import KVCache, KVPool, start_positions
-from tinychat.layers.one_call import Obstacle
+from tinychat.layers.one_call import Obstacle, split
 from tinychat.models import vila_fusion
 from tinychat.models.llama import LlamaForCausalLM
 from tinychat.models.llava_base.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from tinychat.models.shares import Share, tower_group
 from tinychat.models.vila_forward import Forward, ForwardArgs
 from tinychat.models.vila_fusion import IMAGE_TOKEN_INDEX
 from tinychat.tiling import Tiles
@@ -40,6 +41,8 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
     base_model_prefix = "llm"
     _no_split_modules = ["DecoderLayer", "CLIPEncoderLayer"]
     _supports_sdpa = True
+
+    _share: Share | None = None
 
     def __init__(self, config: PretrainedConfig) -> None:
         if not isinstance(config, VilaConfig):
@@ -64,11 +67,24 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         self._refusal: Refusal | None = None
         self.obstacle: str | None = None  # to running the decoder as a whole, when that was last tried
         self.kv_dtype: torch.dtype | None = None
-        self.llm = LlamaForCausalLM(config.text)
-        self.build_vision(config.vision, config.projector, config.tiling)
+        self.llm = LlamaForCausalLM(config.text, self._share)
+        group = self.llm.share.group
+        towers = tower_group(config.vision, group) if config.vision else group
+        self.build_vision(config.vision, config.projector, config.tiling, towers)
         dtype = _dtype_of(config, self.llm.lm_head.weight.device)
         if dtype != self.llm.lm_head.weight.dtype:
             nn.Module.to(self, dtype)  # transformers' own wrapper has no types
+
+    @classmethod
+    def of_share(cls, config: VilaConfig, share: Share | None) -> VilaLlamaForCausalLM:
+        """With empty parameters, and where there is a share of a tensor-parallel group, one rank's part of the model.
+
+        All ranks are called alike, and each gets the whole logits.
+        """
+        model = cls.__new__(cls)
+        object.__setattr__(model, "_share", share)  # __init__ takes a config alone, as llm-awq's does
+        model.__init__(config)  # pyright: ignore[reportUnknownMemberType]
+        return model
 
     def freezed_module_patch(self) -> None:
         """While training, keep the parts that are not tuned in eval mode (config.tune_vision_tower, _mm_projector)."""
@@ -112,6 +128,10 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         return output.to_tuple() if return_dict is False else output
 
     # What the engine sees.
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> embeddings `[..., D]`."""
+        return self.llm.model.embed(ids)
 
     def embed(self, ids: Tensor, slots: Sequence[tuple[int, int]] = (), features: Sequence[Tensor] = ()) -> Tensor:
         """ids `[T]`, slots (start, end) and their picture features `[n, D]` -> embeddings `[1, T, D]`."""
@@ -209,7 +229,9 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         if self._one_call is None and self._refusal is not None and self._refusal.stands(self.llm):
             return
         way = CudaDecoder if self.device.type == "cuda" else CpuDecoder
-        self._one_call, self._refusal, self.obstacle = None, None, None
+        self._one_call, self._refusal, self.obstacle = None, None, split(self.llm.share.group)
+        if self.obstacle is not None:
+            return
         try:
             self._one_call = way.of(self.llm, self.llm.config)
         except Obstacle as error:
@@ -271,10 +293,12 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
     ) -> nn.Embedding:
         """Grow or shrink the vocabulary; new rows of embeddings and head are the mean of the old ones.
 
-        Raises UsageError for mean_resizing=False.
+        Raises UsageError for mean_resizing=False, and where several ranks share the vocabulary.
         """
         if not mean_resizing:
             raise UsageError("new embeddings are the mean of the old ones", "leave mean_resizing out")
+        if (ranks := self.llm.share.group.size()) > 1:
+            raise UsageError(f"{ranks} ranks share the vocabulary", "resize it before the model is shared out")
         new_num_tokens = new_num_tokens or self.llm.config.vocab_size
         new_num_tokens += -new_num_tokens % (pad_to_multiple_of or 1)
         if new_num_tokens == self.llm.config.vocab_size:
@@ -291,7 +315,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
             new.weight[keep:] = was.weight.mean(0)
             new.requires_grad_(was.weight.requires_grad)
         self._one_call = None
-        old.config = old.model.config = new_text
+        old.take(Share.of(new_text))
         old.model.embed_tokens, old.lm_head = table, head
         old.tie_weights()
         return table

@@ -10,8 +10,8 @@ from transformers.configuration_utils import PretrainedConfig
 
 from tinychat.config import VisionConfig
 from tinychat.layers.cpu_tower import CpuTower
-from tinychat.layers.one_call import Obstacle
-from tinychat.layers.parallel import Source
+from tinychat.layers.one_call import Obstacle, split
+from tinychat.layers.parallel import Source, group_of
 from tinychat.models.clip import CLIPVisionTransformer, check_pixels
 from tinychat.models.siglip import SiglipVisionTransformer
 
@@ -27,6 +27,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig | PretrainedConfig, weights: Source = None) -> None:
         super().__init__()
         self.config = VisionConfig.of(config)
+        self.group = group_of(weights)
         self.vision_model = _TOWERS[self.config.family]("vision_model", self.config, weights)
         self._one_call: CpuTower | None = None
         self.obstacle: str | None = None  # to running it as a whole, when that was last tried
@@ -51,7 +52,9 @@ class VisionTower(nn.Module):
     def one_call(self) -> CpuTower | None:
         """The tower as one call of the CPU kernels a picture; None where its modules run. Modules may be changed."""
         if self._one_call is None or not self._one_call.is_current():
-            self._one_call, self.obstacle = None, None
+            self._one_call, self.obstacle = None, split(self.group)
+            if self.obstacle is not None:
+                return None
             try:
                 self._one_call = CpuTower.of(self.vision_model, self.config)
             except Obstacle as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinychat.checkpoint import Index, Weights, rename
 from tinychat.config import ProjectorConfig, VilaConfig, VisionConfig, read_json
 from tinychat.errors import ModelError, UsageError
+from tinychat.layers.parallel import ALONE, Group, Later
 from tinychat.layers.torch_threads import one_thread
 from tinychat.models import vila_fusion
 from tinychat.models.anyres import pack_tiles
@@ -46,10 +47,14 @@ class LlavaMetaModel:
         self.build_vision(config.vision, config.projector, config.tiling)
 
     def build_vision(
-        self, vision: VisionConfig | None, projector: ProjectorConfig | None, tiling: Tiling | None = None
-    ) -> None:
-        """Make the tower, the projector and, for tiles, the newline with empty parameters; None leaves them out."""
-        self.vision_tower = VisionTower(vision) if vision else None
+        self, vision: VisionConfig | None, projector: ProjectorConfig | None, tiling: Tiling | None = None,
+        group: Group = ALONE,
+    ) -> None:  # fmt: skip
+        """Make the tower, the projector and, for tiles, the newline with empty parameters; None leaves them out.
+
+        The ranks of a group share the tower, each of them has the rest.
+        """
+        self.vision_tower = VisionTower(vision, Later(group)) if vision else None
         self.mm_projector = Projector(projector) if projector else None
         self.tiling = tiling
         width = projector.hidden_size if projector and tiling else None
