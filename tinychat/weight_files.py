@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,13 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies, and what it is."""
+    """Where a tensor lies, and what it is; `offset` is that of its first byte, None where it is not there as it is."""
 
     path: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +139,7 @@ def _header(path: Path) -> dict[str, Entry]:
     try:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = {key: _entry(path, key, row) for key, row in header.items()}
+        entries = {key: _entry(path, key, row, 8 + length) for key, row in header.items()}
         end = _end_of_data([row["data_offsets"] for row in header.values()])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise FormatError(f"{path.name} has a header that cannot be read ({error!r})", AGAIN) from error
@@ -157,9 +158,10 @@ def _end_of_data(spans: list[list[int]]) -> int:
     return end
 
 
-def _entry(path: Path, key: str, row: Mapping[str, Any]) -> Entry:
-    entry = Entry(path, key, tuple(int(n) for n in row["shape"]), DTYPES[row["dtype"]])
+def _entry(path: Path, key: str, row: Mapping[str, Any], data: int) -> Entry:
+    """`data` is where the file's tensors begin."""
     start, end = (int(n) for n in row["data_offsets"])
+    entry = Entry(path, key, tuple(int(n) for n in row["shape"]), DTYPES[row["dtype"]], offset=data + start)
     if min(0, start, *entry.shape) < 0 or end - start != entry.nbytes:
         raise ValueError(f"{key} of shape {list(entry.shape)} cannot fill bytes {start} to {end}")
     return entry

@@ -243,3 +243,26 @@ def test_more_rows_than_there_are() -> None:
     store.take(2)
     with pytest.raises(CapacityError, match="2 cache rows are needed, 1 are free; run fewer requests at once"):
         store.take(2)
+
+
+def test_each_layer_lies_on_its_own_device() -> None:
+    mixed = KVPool(Shape(3), 2, 8, torch.float32, ["cpu", "meta", "cpu"])
+    cache = mixed.take(2)
+    assert [cache.layer(i).k.device.type for i in range(3)] == ["cpu", "meta", "cpu"]
+    k = draw(2, 3)
+    for i, device in enumerate(mixed.devices):
+        cache.write(i, k.to(device), k.to(device), 0)
+    cache.advance(3)
+    assert torch.equal(cache.view(2, 3)[0], k)
+    assert cache.view(1, 3)[0].device.type == "meta"
+    assert [part.device.type for part, _ in cache.export(0, 0, 3)] == ["cpu", "meta", "cpu"]
+    other = KVPool(mixed.config, 1, 8, torch.float32, mixed.devices).take(1)
+    other.load(0, 0, cache.export(1, 0, 3))
+    joined = KVCache.cat([cache, other])
+    assert joined.pool.devices == mixed.devices
+    assert torch.equal(joined.view(0, 3)[0][2], k[1])
+
+
+def test_as_many_devices_as_layers() -> None:
+    with pytest.raises(UsageError, match="2 devices came for the caches of 3 layers; give one, or one a layer"):
+        KVPool(Shape(3), 1, 8, torch.float32, ["cpu", "cpu"])

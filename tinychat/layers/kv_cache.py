@@ -17,6 +17,7 @@ from torch import Tensor
 from tinychat.errors import CapacityError, UsageError
 from tinychat_kernels.int8 import quantize_tokens
 
+Device = torch.device | str
 Parts = tuple[Tensor, ...]  # keys and values `[..., D]`, and of int8 their scales, float32 `[...]`
 
 
@@ -47,7 +48,7 @@ class LayerView(NamedTuple):
 class KVPool:
     """Storage for `slots` sequences of up to `capacity` tokens; hands out rows as KVCache objects.
 
-    Floats of a dtype, or int8 with scales.
+    Floats of a dtype, or int8 with scales. Each layer lies on its own of several `device`s, else all on one.
     """
 
     def __init__(
@@ -56,16 +57,16 @@ class KVPool:
         slots: int,
         capacity: int,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        device: Device | Sequence[Device] = "cpu",
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
+        self.config, self.dtype = config, dtype
+        self.devices = _of_each(device, config.num_hidden_layers)
         shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
         parts = [(shape, dtype)] * 2 + ([(shape[:3], torch.float32)] * 2 if dtype == torch.int8 else [])
         self.capacity = capacity
         with torch.inference_mode(False):  # else a pool made there could be written to nowhere else
             self.layers: list[Parts] = [
-                tuple(torch.zeros(size, dtype=kind, device=device) for size, kind in parts)
-                for _ in range(config.num_hidden_layers)
+                tuple(torch.zeros(size, dtype=kind, device=where) for size, kind in parts) for where in self.devices
             ]
         self._free = list(range(slots))
 
@@ -202,11 +203,19 @@ def _joined(caches: Sequence[KVCache]) -> KVCache:
     """Copies of all rows, in a pool like the first one that has room for the longest."""
     first, rows = caches[0].pool, [(cache, i) for cache in caches for i in range(len(cache))]
     capacity = max(cache.capacity for cache in caches)
-    joined = KVPool(first.config, len(rows), capacity, first.dtype, first.device).take(len(rows))
+    joined = KVPool(first.config, len(rows), capacity, first.dtype, first.devices).take(len(rows))
     for to, (cache, row) in enumerate(rows):
         if length := cache.lengths[row]:
             joined.load(to, 0, cache.export(row, 0, length))
     return joined
+
+
+def _of_each(device: Device | Sequence[Device], layers: int) -> list[torch.device]:
+    """A device a layer, from one for all or one each. Raises UsageError for another number of them."""
+    devices = [device] * layers if isinstance(device, torch.device | str) else list(device)
+    if len(devices) != layers:
+        raise UsageError(f"{len(devices)} devices came for the caches of {layers} layers", "give one, or one a layer")
+    return [torch.device(one) for one in devices]
 
 
 def _as(held: Parts, given: Parts) -> Parts:
