@@ -6,6 +6,7 @@ it is asked for, one tensor at a time.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import defaultdict
@@ -264,7 +265,10 @@ class Group(Protocol):
 
 
 class Weights:
-    """Tensors under a prefix for a module that fills itself, each rank taking its slice. No group = one rank."""
+    """Tensors under a prefix for a module that fills itself, each rank taking its slice. No group = one rank.
+
+    What is given is copied once, out of the mapped file and into its dtype: a rank never holds more of a tensor.
+    """
 
     def __init__(
         self, index: Index, prefix: str = "", group: Group | None = None, dtype: torch.dtype | None = None
@@ -281,16 +285,31 @@ class Weights:
 
     def get_sharded(self, name: str, dim: int) -> Tensor:
         """This rank's equal part along `dim`. Raises ModelError where the ranks do not divide the size."""
+        return self._own(self._part(name, dim))
+
+    def get_multi_sharded(self, names: Sequence[str], dim: int) -> Tensor:
+        """This rank's parts of several tensors, joined along `dim`: slices first, so that q, k and v stay whole."""
+        parts = [self._part(name, dim) for name in names]
+        if len({(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
+            shapes = ", ".join(f"{self._full(name)} {list(self._mapped(name).shape)}" for name in names)
+            raise ModelError(f"{shapes} do not join along dim {dim}", "check that these weights are whole")
+        lengths = [part.shape[dim] for part in parts]
+        shape = list(parts[0].shape)
+        shape[dim] = sum(lengths)
+        dtype = functools.reduce(torch.promote_types, (self._kind(part) for part in parts))
+        whole = torch.empty(shape, dtype=dtype)
+        for place, part in zip(whole.split(lengths, dim), parts, strict=True):
+            place.copy_(part)
+        return whole
+
+    def _part(self, name: str, dim: int) -> Tensor:
+        """This rank's slice of the mapped file."""
         tensor = self._mapped(name)
         if (length := tensor.shape[dim]) % self.size:
             message = f"{self._full(name)} has size {length} along dim {dim}, which {self.size} ranks do not divide"
             raise ModelError(message, f"use a number of ranks that divides {length}")
         part = length // self.size
-        return self._own(tensor.narrow(dim, self.rank * part, part))
-
-    def get_multi_sharded(self, names: Sequence[str], dim: int) -> Tensor:
-        """This rank's parts of several tensors, joined along `dim`: slices first, so that q, k and v stay whole."""
-        return torch.cat([self.get_sharded(name, dim) for name in names], dim)
+        return tensor.narrow(dim, self.rank * part, part)
 
     def _full(self, name: str) -> str:
         return f"{self.prefix}.{name}" if self.prefix else name
@@ -299,8 +318,10 @@ class Weights:
         return self.index.get(self._full(name))
 
     def _own(self, tensor: Tensor) -> Tensor:
-        dtype = self.dtype if tensor.is_floating_point() else None
-        return tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+        return tensor.to(self._kind(tensor), copy=True, memory_format=torch.contiguous_format)
+
+    def _kind(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def write_safetensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size: int = SHARD_SIZE) -> list[Path]:
