@@ -41,6 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
     "tinychat.engine": {"tinychat.layers", "tinychat.inputs", "tinychat.core", "tinychat.errors"},
     "tinychat.store": {"tinychat.core", "tinychat.errors"},
     "tinychat.flags": {"tinychat.core", "tinychat.errors"},
+    "tinychat.search_flags": {"tinychat.flags", "tinychat.errors"},
+    "tinychat.picture_index": {
+        "tinychat.inputs.images", "tinychat.packed_cache", "tinychat.core", "tinychat.errors",
+    },
     "tinychat.telemetry": {"tinychat.core", "tinychat.errors"},
     "tinychat.session": {"tinychat.engine", "tinychat.inputs", "tinychat.store", "tinychat.core", "tinychat.errors"},
     "tinychat.terminal": {
@@ -50,7 +54,15 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
     "tinychat.eval": {"tinychat.engine", "tinychat.inputs", "tinychat.core", "tinychat.errors", "tinychat_kernels"},
 }  # fmt: skip
 IN_FUNCTIONS = {"tinychat.models": {"tinychat.load"}, "tinychat.engine": {"tinychat.load"}}
-VERBS = {"tinychat.cli", "tinychat.ask", "tinychat.bench", "tinychat.doctor", "tinychat.evaluate", "tinychat.__main__"}
+VERBS = {
+    "tinychat.cli",
+    "tinychat.ask",
+    "tinychat.bench",
+    "tinychat.doctor",
+    "tinychat.evaluate",
+    "tinychat.search",
+    "tinychat.__main__",
+}
 ASSEMBLY = {
     "tinychat.load",
     "tinychat.placement",
@@ -66,6 +78,7 @@ ASSEMBLY = {
     "tinychat.planner",
     "tinychat.packed_tower",
     "tinychat.packing",
+    "tinychat.picture_encoder",
     *VERBS,
 }  # anything, lazily
 
@@ -82,7 +95,7 @@ ONLY_IN = {  # a third party -> the modules that may know it
     "PIL": {"tinychat.inputs", "tinychat.eval", "tinychat.server", *ASSEMBLY},
     "prompt_toolkit": {"tinychat.terminal", *VERBS},
     "rich": {"tinychat.terminal", *VERBS},
-    "typer": {"tinychat.flags", *VERBS},
+    "typer": {"tinychat.flags", "tinychat.search_flags", *VERBS},
 }
 HEAVY = ("torch", "transformers", "prompt_toolkit")
 

@@ -49,7 +49,7 @@ ISA = (  # what 4-bit kernels look for, in the words of /proc/cpuinfo
     "sve",
     "sve2",
 )
-CACHES = ("kernels", "packed", "prefix", "vision")
+CACHES = ("kernels", "packed", "prefix", "search", "vision")
 VARIABLES = ("TINYCHAT_HOME", "TINYCHAT_CACHE", "TINYCHAT_BACKEND", "TINYCHAT_ISA", "NO_COLOR")
 NVIDIA_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/etc/nv_tegra_release"))
 TOWERS = {  # by the backend of 4-bit models on a CPU

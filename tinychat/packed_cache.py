@@ -8,6 +8,7 @@ written, is left alone.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ LENGTH = struct.Struct("<QI")  # of the header, and its checksum
 ALIGNMENT = 64  # of each linear, from the beginning of the data
 CHUNK = 32 * 2**20  # bytes that have a checksum of their own
 MAX_HEADER = 2**26
+LONGEST = 100  # characters of a file's name that a half-written one carries on
 ABANDONED = 3600.0  # seconds after which nobody writes a file any more
 MOST_BYTES = 32 * 2**30  # of all files together; the least recently used ones go first
 FREE_SHARE = 0.5  # of the disk's free bytes that a new file may take
@@ -92,7 +94,7 @@ def save(place: Place, linears: Mapping[str, Packed]) -> bool:
         if size > min(MOST_BYTES, FREE_SHARE * shutil.disk_usage(place.folder).free):
             return False
         _make_room(place.folder, size)
-        with _beside(place.path) as temporary:
+        with beside(place.path) as temporary:
             _write(temporary, linears, size)
             temporary.replace(place.path)
     except OSError:
@@ -206,10 +208,7 @@ def _rounded(size: int) -> int:
 def _make_room(folder: Path, size: int) -> None:
     """Delete what a killed process left half-written, and the files that were used least recently, until one of this
     size may be added."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink()
+    sweep(folder)
     files = sorted(_found(folder))
     total = sum(length for _, length, _ in files)
     for _, length, path in files:
@@ -227,10 +226,18 @@ def _found(folder: Path) -> Iterator[tuple[float, int, Path]]:
             yield status.st_mtime, status.st_size, path
 
 
+def sweep(folder: Path, stem: str = "") -> None:
+    """Delete what killed processes left half-written: of all files in the folder, or of those whose name begins so."""
+    for path in folder.glob(f".{glob.escape(stem)}*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+
+
 @contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A new file in the same folder, gone at the end unless it was renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:LONGEST]}.", suffix=".tmp")
     os.close(handle)
     try:
         yield Path(name)
@@ -269,7 +276,7 @@ class Contents:
         kept = {name: value for name, value in self.known.items() if Path(name).exists()}
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _beside(self.path) as temporary:
+            with beside(self.path) as temporary:
                 temporary.write_text(json.dumps(kept), "utf-8")
                 temporary.replace(self.path)
 
