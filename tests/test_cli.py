@@ -24,6 +24,7 @@ from tinychat import __version__, cli, doctor
 from tinychat.core import Failed, Image, Message, Request, SamplingParams, StoppingParams, Text
 from tinychat.errors import CapacityError, FormatError, MediaError, ModelError, TinychatError, UsageError
 from tinychat.flags import ModelFlags
+from tinychat.opening import Loaded
 from tinychat_kernels import cpu, registry
 from tinychat_kernels.errors import KernelError, LayoutError, SettingError
 
@@ -55,10 +56,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = Engine()
     fake.flags = None  # type: ignore[attr-defined]
 
-    def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: bool = False) -> cli.Loaded:
+    def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: bool = False) -> Loaded:
         fake.flags = flags  # type: ignore[attr-defined]
         model = SimpleNamespace(dtype=torch.float32, device=torch.device("cpu"), modules=list)
-        return cli.Loaded(model, FakeProcessor(), fake)  # type: ignore[arg-type]
+        return Loaded(model, FakeProcessor(), fake)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cli, "open_model", open_model)
     return fake
@@ -91,7 +92,7 @@ def test_help_lists_what_works_and_nothing_else(run: Run):
     code, out, _ = run("--help")
     assert code == 0
     verbs = re.findall(r"^  ([a-z]+) {2,}", out.partition("Commands:")[2], re.M)
-    assert verbs == ["chat", "ask", "bench", "eval", "quantize", "convert", "doctor"]
+    assert verbs == ["chat", "ask", "search", "bench", "eval", "quantize", "convert", "doctor"]
 
 
 def test_no_verb_shows_the_help(run: Run):

@@ -60,6 +60,7 @@ VERBS = {
     "tinychat.bench",
     "tinychat.doctor",
     "tinychat.evaluate",
+    "tinychat.opening",
     "tinychat.search",
     "tinychat.__main__",
 }
@@ -79,6 +80,7 @@ ASSEMBLY = {
     "tinychat.packed_tower",
     "tinychat.packing",
     "tinychat.picture_encoder",
+    "tinychat.ranks",
     *VERBS,
 }  # anything, lazily
 

@@ -6,11 +6,9 @@ import io
 import json
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,17 +29,15 @@ from tinychat.flags import (
     SamplingFlags,
     Verbose,
     checkpoint_sampling,
-    parse_max_memory,
     with_flags,
 )
+from tinychat.opening import checked_device, note, open_model, progress
+from tinychat.ranks.world import world_of
+from tinychat.search_flags import SearchFlags
 
 if TYPE_CHECKING:
-    import torch
-
     from tinychat.ask import Asker, Query
-    from tinychat.core import Progress
     from tinychat.engine.engine import Engine
-    from tinychat.load import Placement
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell shows of a process that SIGPIPE ended
@@ -55,15 +51,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model ready to be asked."""
-
-    model: Any
-    processor: Any
-    engine: Engine
 
 
 def _show_version(value: bool) -> None:
@@ -109,7 +96,7 @@ def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
     from tinychat import ask as asking
     from tinychat.core import SamplingParams
 
-    query, files = asking.gather(flags.words or (), flags.image, asking.stdin_bytes(), _note)
+    query, files = asking.gather(flags.words or (), flags.image, asking.stdin_bytes(), note)
     asker = asking.Asker(
         model=model.model or EMBEDDED,
         open=lambda: open_model(model, plain=flags.plain, rows=flags.concurrency or 1).engine,
@@ -118,7 +105,7 @@ def ask(flags: AskFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
         stopping=sampling.stopping(),
     )
     if flags.jsonl is not None:
-        return asking.ask_each(asker, query, files, Path(flags.jsonl), _note)
+        return asking.ask_each(asker, query, files, Path(flags.jsonl), note)
     whole = asking.Query(query.question, (*query.images, *map(asking.read_picture, files)))
     if flags.json:
         typer.echo(json.dumps(asking.ask_json(asker, whole)))
@@ -137,9 +124,35 @@ def _print_answer(asker: Asker, query: Query, flags: AskFlags, limited: bool) ->
     if isinstance(end, Failed):
         return end.exit_code
     if cut := why_cut(end, engine.context, limited):
-        _note(cut)
+        note(cut)
     if flags.stats:
-        _note(stats_line(end, engine.context))
+        note(stats_line(end, engine.context))
+    return 0
+
+
+@app.command()
+@with_flags
+def search(flags: SearchFlags) -> int:
+    """Find pictures in a folder by what they show.
+
+    \b
+    tinychat search photos "a dog on a beach" --model openai/clip-vit-base-patch32
+    tinychat search photos --like dog.jpg -n 5 --model openai/clip-vit-base-patch32
+    """
+    from tinychat import search as searching
+    from tinychat.terminal.found import draw_found
+
+    device = checked_device(flags.device)
+    with progress(flags.plain) as report:
+        found = searching.perform(flags, device, report)
+    for line in found.notes:
+        note(line)
+    if flags.json:
+        typer.echo(json.dumps(found.json))
+    elif flags.query or flags.like is not None:
+        draw_found(found.shown(flags.folder or ""), sys.stdout, flags.plain)
+    else:
+        _say(searching.sentence(flags, found))
     return 0
 
 
@@ -157,7 +170,7 @@ def bench(flags: BenchFlags, model: ModelFlags) -> int:
         work = benching.Workload(
             flags.prompt_tokens, flags.new_tokens, flags.images, flags.rounds, flags.depths, flags.breakdown
         )
-        found = benching.measure(subject, work, _note)
+        found = benching.measure(subject, work, note)
     if flags.json:
         typer.echo(json.dumps(found))
     else:
@@ -187,7 +200,7 @@ def evaluate(flags: EvalFlags, model: ModelFlags) -> int:
             wanted = replace(wanted, dtype=model.dtype or floats, dequantize=True)
         return open_model(wanted, for_all=True).engine
 
-    end = evaluating.perform(evaluating.job_of(flags, named, model.revision), opened, _note)
+    end = evaluating.perform(evaluating.job_of(flags, named, model.revision), opened, note)
     if flags.json:
         typer.echo(json.dumps(end.found))
     else:
@@ -196,7 +209,7 @@ def evaluate(flags: EvalFlags, model: ModelFlags) -> int:
         for line in end.lines:
             _say(line)
     for sentence in end.failed:
-        _note(f"--fail-under: {sentence}")
+        note(f"--fail-under: {sentence}")
     return int(bool(end.failed))
 
 
@@ -208,7 +221,7 @@ def quantize(flags: QuantizeFlags) -> int:
     from tinychat.terminal.answers import is_plain
     from tinychat.terminal.quantizing import make_board
 
-    _checked_device(flags.device)
+    checked_device(flags.device)
     return verb.perform(flags, make_board(sys.stderr, is_plain(sys.stderr, flags.plain)), _say)
 
 
@@ -220,7 +233,7 @@ def convert(flags: ConvertFlags) -> int:
     from tinychat import load
 
     folder = load.resolve(flags.model, flags.revision)
-    with _progress(flags.plain) as report:
+    with progress(flags.plain) as report:
         found = converting.perform(folder, flags, report)
     _say(json.dumps(found) if flags.json else converting.sentence(found))
     return 0
@@ -233,83 +246,11 @@ def doctor(flags: DoctorFlags) -> int:
     from tinychat import doctor as doctoring
 
     if flags.clear:
-        _note(f"deleted {doctoring.size(doctoring.clear_cache())}")
+        note(f"deleted {doctoring.size(doctoring.clear_cache())}")
     looks = {flags.cache: doctoring.cache, flags.kernels: doctoring.kernels}
     found = looks.get(True, doctoring.report)()
     _say(json.dumps(found) if flags.json else doctoring.to_text(found))
     return int(flags.kernels and not all(one["right"] for one in found["kernels"]["results"]))
-
-
-def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: bool = False) -> Loaded:
-    """Find the model, check it against the memory, and load it; progress goes to a terminal on stderr, and notes.
-
-    `rows` requests are answered together, each with a context of its own. Flags that are `for_all` models of a verb
-    may have nothing to do in one of them; else they are refused there.
-
-    Raises UsageError, ModelError, FormatError or CapacityError, and all but the last weights' own before the loading.
-    """
-    import torch
-
-    from tinychat import load
-    from tinychat.engine.engine import Engine
-
-    placement = _placement(flags, frozenset() if for_all else flags.asked)
-    if flags.threads is not None:
-        torch.set_num_threads(flags.threads)
-    folder = load.resolve(flags.model, flags.revision)
-    started = time.perf_counter()
-    with _progress(plain) as report:
-        ready = load.load_folder(
-            folder, placement, context=flags.context, chunk=flags.chunk, rows=rows, template=flags.template,
-            progress=report,
-        )  # fmt: skip
-    load_s = time.perf_counter() - started
-    for note in ready.notes:
-        _note(note)
-    options = {"context": ready.context, "chunk": flags.chunk, "rows": rows, "speculate": flags.speculate}
-    engine = Engine(ready.model, ready.processor, load_s=load_s, **options)
-    return Loaded(ready.model, ready.processor, engine)
-
-
-def _placement(flags: ModelFlags, asked: frozenset[str]) -> Placement:
-    """The flags in the loader's words; raises UsageError for a device that is not here."""
-    from tinychat.load import Placement
-
-    device = _checked_device(flags.device)
-    return Placement(
-        dtype=flags.dtype, device=device, device_map=flags.device_map, max_memory=parse_max_memory(flags.max_memory),
-        dequantize=flags.dequantize, exact=flags.exact, head=flags.head or "int8", tower=flags.tower or "int8",
-        threads=flags.threads, kv_cache_dtype=flags.kv_cache_dtype, asked=asked,
-    )  # fmt: skip
-
-
-def _checked_device(name: str | None) -> torch.device | None:
-    """A device by its name. Raises UsageError for one that is not here."""
-    import torch
-
-    try:
-        device = torch.device(name) if name else None
-    except RuntimeError as error:
-        raise UsageError(f"there is no device {name!r}", "give cpu, cuda or cuda:N") from error
-    count = torch.cuda.device_count()
-    if device is not None and device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(
-            f"torch finds {count} CUDA devices, not {device}", "see `tinychat doctor`, or give --device cpu"
-        )
-    return device
-
-
-@contextmanager
-def _progress(plain: bool) -> Iterator[Callable[[Progress], None]]:
-    """What shows the loading on stderr, taken away at the end."""
-    from tinychat.terminal.answers import is_plain
-    from tinychat.terminal.progress import make_indicator
-
-    indicator = make_indicator(sys.stderr, is_plain(sys.stderr, plain))
-    try:
-        yield indicator.show
-    finally:
-        indicator.stop()
 
 
 def _draw_table(rows: Sequence[Sequence[str]]) -> None:
@@ -340,13 +281,6 @@ def _say(text: str, err: bool = False) -> None:
     typer.echo(clean(text), err=err)
 
 
-def _note(text: str) -> None:
-    """One line on stderr, cleaned of what a terminal would obey."""
-    from tinychat.terminal.clean import clean_line
-
-    typer.echo(clean_line(text), err=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code, whatever happens."""
     for stream in (sys.stdout, sys.stderr):
@@ -362,9 +296,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str], state: dict[str, bool]) -> int:
+    world = world_of(os.environ)
+    if world is not None and world.rank > 0:
+        from tinychat.ranks.follow import follow
+
+        return follow(world)
     command = typer.main.get_command(app)
     with command.make_context("tinychat", args, obj=state) as context:
-        return command.invoke(context) or 0
+        code = command.invoke(context) or 0
+    if world is not None:
+        from tinychat.ranks.begin import dismiss
+
+        dismiss(world)
+    return code
 
 
 def _end(error: BaseException, verbose: bool) -> int:
@@ -379,7 +323,7 @@ def _end(error: BaseException, verbose: bool) -> int:
     if verbose:
         _say("".join(traceback.format_exception(error)).rstrip(), err=True)
     known = _as_ours(error)
-    _note(f"error: {known}" if known else f"tinychat hit a bug: {type(error).__name__}: {error}; {BUG_REMEDY}")
+    note(f"error: {known}" if known else f"tinychat hit a bug: {type(error).__name__}: {error}; {BUG_REMEDY}")
     return known.exit_code if known else 1
 
 
@@ -392,6 +336,8 @@ def _as_ours(error: BaseException) -> TinychatError | None:
         return error
     if isinstance(error, BadUsage):
         return _bad_usage(error)
+    if (ranks := sys.modules.get("tinychat.ranks.lead")) and isinstance(error, ranks.RanksLost):
+        return TinychatError(*error.args)
     if (kernels := sys.modules.get("tinychat_kernels.errors")) and isinstance(error, kernels.KernelError):
         return _kernel_error(error)
     if isinstance(error, ModuleNotFoundError):

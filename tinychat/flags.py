@@ -53,6 +53,12 @@ class ModelFlags:
     ] = None
     device_map: Annotated[str | None, typer.Option(help="Spread the layers over devices: auto or sequential.")] = None
     max_memory: Annotated[str | None, typer.Option(help="Limits for --device-map, such as 0=10GiB,cpu=30GiB.")] = None
+    tp: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share the model, each with a GPU of its own.", min=1, max=64, show_default="1"
+        ),
+    ] = None
     context: Annotated[
         int | None,
         typer.Option(help="Tokens of context to hold.", min=1, show_default="4096, or the most that the model can"),

@@ -23,7 +23,7 @@ from tinychat.packing import Note, Packing, fill, notes_of, packing_of, prepare_
 from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
-from tinychat.sharding import Cutting, sharded, share_of
+from tinychat.sharding import Cutting, sharded, share_of, shared_notes
 from tinychat_kernels.errors import LayoutError
 from tinychat_kernels.layout import QuantSpec
 
@@ -135,6 +135,8 @@ def load_folder(
         progress(Progress("", "compile", 0, 1))
     notes = notes_of(source, placement)
     plan(source, tokens, placement, chunk, rows)
+    if source.share is not None:
+        notes += shared_notes(source.share, source.config)
     processor = Processor.from_folder(source.folder, source.config, template)
     model = assemble(source, placement, progress, notes.append)
     return Ready(model, processor, tokens, tuple(notes))
@@ -242,8 +244,11 @@ def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK,
         chunk=chunk,
         kv_dtype=_kv_dtype(placement, kind, packing),
         rows=rows,
+        text=source.text,
     )
     free = None if placement.device_map is None else room(placement.device_map, placement.max_memory)
+    if placement.sharers > 1:
+        free = planner.free_bytes(where) // placement.sharers
     return planner.check(need, context, free)
 
 

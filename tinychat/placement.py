@@ -32,7 +32,7 @@ class Placement:
     from then on (None: as before). `kv_cache_dtype`: keys and values are "float", of the model's dtype, or "int8" with
     a scale for each token and head; "auto" is float, in half precision where the CPU kernels round activations of a
     float32 model anyway. `asked` are the options that the user gave, of --exact, --head int8 and --tower int8: where
-    one of them cannot do anything, nothing is loaded.
+    one of them cannot do anything, nothing is loaded. `sharers` processes take from the same memory at once.
     """
 
     dtype: Dtype = None
@@ -46,6 +46,7 @@ class Placement:
     threads: int | None = None
     kv_cache_dtype: str = "auto"
     asked: frozenset[str] = frozenset()
+    sharers: int = 1
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:

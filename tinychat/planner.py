@@ -66,7 +66,8 @@ class Plan:
 class Need:
     """What decides how much memory a context takes: `weights` are bytes, kv_dtype that of keys and values (dtype's).
 
-    `rows` are answered at once, each in a context of its own.
+    `rows` are answered at once, each in a context of its own. `text`: a rank's share of the decoder, where it
+    is not the whole one of config.
     """
 
     config: VilaConfig
@@ -77,9 +78,10 @@ class Need:
     chunk: int = CHUNK
     kv_dtype: torch.dtype | None = None
     rows: int = 1
+    text: TextConfig | None = None
 
     def plan(self, context: int, free: int) -> Plan:
-        text, vision = self.config.text, self.config.vision
+        text, vision = self.text or self.config.text, self.config.vision
         kv = kv_bytes(text, self.kv_dtype or self.dtype) * context * self.rows
         unpacking = _slice_bytes(text, self.dtype) if self.quantized else 0
         working = _chunk_bytes(text, context, min(self.chunk, context), self.dtype) + unpacking

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tinychat.checkpoint import EMBEDDINGS, HEAD, Index
-from tinychat.config import TextConfig, VisionConfig
+from tinychat.config import TextConfig, VilaConfig, VisionConfig
 from tinychat.errors import ModelError
 from tinychat.layers.parallel import Group
 from tinychat.models.shares import Share, cuts, tower_group
@@ -101,6 +101,15 @@ def share_of(text: TextConfig, group: Group, spec: QuantSpec | None) -> tuple[Sh
             return whole, QuantSpec(spec.bits, size, spec.zero_point)
     message = f"{group.size()} ranks would cut inside the groups of {spec.group_size} weights that share a scale"
     raise ModelError(message, "take fewer ranks, or the 16-bit model")
+
+
+def shared_notes(share: Share, config: VilaConfig) -> list[str]:
+    """What the user should know of how the ranks share a model."""
+    vision, size = config.vision, share.group.size()
+    if vision is None or tower_group(vision, share.group).size() == size:
+        return []
+    sizes = f"{vision.num_attention_heads} heads and {vision.intermediate_size} channels of the MLP"
+    return [f"each of the {size} ranks holds the whole vision tower: they do not divide its {sizes}"]
 
 
 def _part(name: str, entry: Entry, cutting: Cutting) -> Entry:

@@ -1,0 +1,85 @@
+"""Every rank but the first: it waits for what rank 0 says, and does that with its part of the model.
+
+`python -m tinychat.ranks.follow` is what rank 0 starts for --tp; torchrun starts the command itself on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from tinychat.errors import TinychatError
+from tinychat.ranks.lead import Order, check_loading, load_part
+from tinychat.ranks.led import FollowedModel
+from tinychat.ranks.words import gathered, listen
+from tinychat.ranks.world import OVER, PATIENCE, WORD, World, meet, open_store, world_of
+
+LOST = 1
+
+
+def follow(world: World) -> int:
+    """Wait until rank 0 calls, follow it to the end, and give the exit code. Raises TinychatError."""
+    from torch.distributed import DistError
+
+    store = open_store(world)
+    store.set_timeout(PATIENCE)
+    try:
+        if store.get(WORD).decode() == OVER:
+            store.set(f"bye/{world.rank}", OVER)
+            return 0
+    except (DistError, RuntimeError) as error:
+        raise TinychatError(f"rank 0 ended, and rank {world.rank} with it", "start again") from error
+    return serve(world, meet(world, store))
+
+
+def serve(world: World, group: Any) -> int:
+    """Do what rank 0 says until it says that this is all."""
+    model: FollowedModel | None = None
+    while True:
+        try:
+            name, arguments = listen(group)
+            if name == "end":
+                return 0
+            if name == "load":
+                model = _load(arguments[0], world, group)
+            elif model is not None:
+                model.do(name, arguments)
+        except TinychatError:
+            continue  # rank 0 has it too, and tells the user
+        except RuntimeError as error:
+            if "onnection" not in str(error):
+                raise
+            raise TinychatError(f"another rank ended, and rank {world.rank} with it", "start again") from error
+
+
+def _load(order: Order, world: World, group: Any) -> FollowedModel | None:
+    ready, loading = load_part(order, world, group)
+    check_loading(gathered(group, loading))
+    return None if ready is None else FollowedModel(ready.model)
+
+
+def main() -> int:
+    """A rank that was started for --tp: it ends with the one that started it, whose Ctrl-C is not for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_rank_0, daemon=True).start()
+    world = world_of(os.environ)
+    assert world is not None
+    try:
+        return follow(world)
+    except TinychatError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+
+
+def _end_with_rank_0() -> None:
+    """Rank 0 holds the other end of standard input: it is closed when rank 0 is gone, however that came."""
+    while os.read(sys.stdin.fileno(), 1):  # nothing ever comes
+        pass
+    os._exit(LOST)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
