@@ -40,6 +40,9 @@ def test_every_hidden_state_equals_transformers() -> None:
     theirs, ours = pair()
     states = theirs(pixel_values=pixels(2), output_hidden_states=True).hidden_states
     assert len(states) == 4
+    assert ours(pixels(2)).hidden_states is None
+    for found, expected in zip(ours(pixels(2), output_hidden_states=True).hidden_states, states, strict=True):
+        assert_close(found, expected)
     for i, expected in enumerate(states):
         assert_close(ours.hidden_state(pixels(2), i), expected)
         assert_close(ours.hidden_state(pixels(2), i - 4), expected)

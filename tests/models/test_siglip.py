@@ -32,6 +32,9 @@ def test_outputs_equal_transformers(changes: dict[str, object]) -> None:
     expected = theirs(pixel_values=pixels(2), output_hidden_states=True)
     assert_close(ours(pixels(2)).last_hidden_state, expected.last_hidden_state)
     assert len(expected.hidden_states) == 4
+    kept = ours(pixels(2), output_hidden_states=True).hidden_states
+    for found, state in zip(kept, expected.hidden_states, strict=True):
+        assert_close(found, state)
     for i, state in enumerate(expected.hidden_states):
         assert_close(ours.hidden_state(pixels(2), i), state)
         assert_close(ours.hidden_state(pixels(2), i - 4), state)

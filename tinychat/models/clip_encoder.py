@@ -138,8 +138,9 @@ def check_ids(input_ids: Tensor | None, attention_mask: Tensor | None, config: T
         raise UsageError(f"input_ids have shape {list(input_ids.shape)}", "give token ids [N, T], a text a row")
     if (count := input_ids.shape[1]) > (most := config.max_position_embeddings):
         raise UsageError(f"texts have {count} tokens, the encoder has {most} positions", f"cut them to {most} tokens")
-    if not 0 <= int(input_ids.min()) <= int(highest := input_ids.max()) < config.vocab_size:
-        wrong = int(highest) if int(highest) >= config.vocab_size else int(input_ids.min())
+    lowest, highest = (int(end) for end in input_ids.aminmax())
+    if lowest < 0 or highest >= config.vocab_size:
+        wrong = lowest if lowest < 0 else highest
         message = f"token id {wrong} is not one of the encoder's {config.vocab_size}"
         raise UsageError(message, "use the checkpoint's own tokenizer")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
