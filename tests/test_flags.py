@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from tinychat.core import SamplingParams, StoppingParams
 from tinychat.errors import UsageError
-from tinychat.flags import SamplingFlags, checkpoint_sampling, parse_max_memory
+from tinychat.flags import SamplingFlags, checkpoint_sampling, parse_device_map, parse_max_memory
 
 
 def test_flags_set_what_they_name_and_keep_the_rest():
@@ -43,6 +43,20 @@ def test_a_checkpoint_that_samples():
 @pytest.mark.parametrize("raw", [{}, {"do_sample": False, "temperature": 0.9, "top_p": 0.5}])
 def test_a_checkpoint_that_does_not_sample_is_greedy(raw: dict[str, object]):
     assert checkpoint_sampling(raw) == SamplingParams(temperature=0.0)
+
+
+def test_a_device_map_is_a_word_or_json(tmp_path):
+    assert parse_device_map(None) is None and parse_device_map("auto") == "auto"
+    assert parse_device_map(' {"llm.model": 0, "": "disk"}') == {"llm.model": 0, "": "disk"}
+    path = tmp_path / "map.json"
+    path.write_text('{"": "cpu"}')
+    assert parse_device_map(str(path)) == {"": "cpu"}
+    for text in ("{}", '{"": 1.5}', '{"": true}'):
+        with pytest.raises(UsageError, match="is no JSON object of modules and devices; give auto, balanced, sequent"):
+            parse_device_map(text)
+    for text in ("{", "no/such.json", str(tmp_path)):
+        with pytest.raises(UsageError, match=r"--device-map '.*' cannot be read \(.*; give auto, balanced, sequential"):
+            parse_device_map(text)
 
 
 def test_max_memory_is_a_list_of_limits():

@@ -79,6 +79,8 @@ ASSEMBLY = {
     "tinychat.planner",
     "tinychat.packed_tower",
     "tinychat.packing",
+    "tinychat.offload",
+    "tinychat.spread",
     "tinychat.picture_encoder",
     "tinychat.ranks",
     *VERBS,

@@ -330,19 +330,6 @@ def test_device_maps(tmp_path, device_map):
     assert torch.equal(model.llm.lm_head.weight, load_model(folder, device="cpu").llm.lm_head.weight)
 
 
-@pytest.mark.parametrize(
-    ("limit", "words"),
-    [
-        ("300KB", r"\d+ parts of the model \(.+, \.\.\.\) fit on no device within the memory allowed"),
-        ("1KB", "the whole model fits on no device within the memory allowed; allow more memory"),
-    ],
-)
-def test_a_device_map_without_room_raises(tmp_path, limit, words):
-    folder = make_tiny_model(tmp_path, "text")
-    with pytest.raises(CapacityError, match=words):
-        load_model(folder, device_map="sequential", max_memory={"cpu": limit})
-
-
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
 def test_a_device_map_is_planned_for_with_the_memory_of_its_devices(tmp_path, monkeypatch, device_map):
     folder = make_tiny_model(tmp_path, "text")
@@ -360,7 +347,9 @@ def test_a_device_map_is_planned_for_with_the_memory_of_its_devices(tmp_path, mo
     [
         ("auto", {"cpu": "xyz"}, "the limit of memory 'xyz' is no size; give bytes, or such as 10GiB"),
         ("auto", {99: "1GiB"}, "CUDA devices, not cuda:99"),
-        ({"": "disk"}, None, "there is no device 'disk'"),
+        ("auto", {"disk": "1GiB"}, "max_memory has a limit for disk; limit cpu, or a CUDA device by its number"),
+        ({"": "tape"}, None, "there is no device 'tape'; name cpu, disk, or a CUDA device by its number"),
+        ({"": "mps"}, None, "a device map cannot use mps"),
     ],
 )
 def test_devices_and_sizes_that_are_none(tmp_path, device_map, limits, words):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -51,7 +53,13 @@ class ModelFlags:
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="a GPU where there is one")
     ] = None
-    device_map: Annotated[str | None, typer.Option(help="Spread the layers over devices: auto or sequential.")] = None
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread the layers over GPUs, RAM and disk: auto, balanced, sequential, or a JSON object or file of "
+            "modules and devices."
+        ),
+    ] = None
     max_memory: Annotated[str | None, typer.Option(help="Limits for --device-map, such as 0=10GiB,cpu=30GiB.")] = None
     tp: Annotated[
         int | None,
@@ -438,6 +446,20 @@ def parse_size(flag: str, text: str | None) -> int | None:
     unit = text.lstrip("0123456789.")
     power = "KMG".index(unit[0].upper()) + 1
     return int(float(text.removesuffix(unit)) * (1024 if "i" in unit.lower() else 1000) ** power)
+
+
+def parse_device_map(text: str | None) -> str | dict[str, str | int] | None:
+    """A word, or a JSON object of modules and devices, or the file that holds one. Raises UsageError."""
+    if text is None or text.isalpha():
+        return text
+    remedy = """give auto, balanced, sequential, or a JSON object such as '{"llm": 0, "": "cpu"}', or its file"""
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).expanduser().read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--device-map {text!r} cannot be read ({error})", remedy) from error
+    if not (isinstance(found, dict) and found and all(type(value) in (str, int) for value in found.values())):
+        raise UsageError(f"--device-map {text!r} is no JSON object of modules and devices", remedy)
+    return found
 
 
 def parse_max_memory(text: str | None) -> dict[int | str, str] | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tinychat import checkpoint, cuda_packing
+from tinychat import checkpoint, cuda_packing, offload, spread
 from tinychat.checkpoint import Index
 from tinychat.config import FLOAT_TYPES, TextConfig, VilaConfig, read_config, read_json
 from tinychat.core import Progress
@@ -20,7 +20,7 @@ from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
 from tinychat.int8_tower import int8_linears, swap_int8
 from tinychat.layers.parallel import ALONE, Group
 from tinychat.packing import Note, Packing, fill, notes_of, packing_of, prepare_tower, waits_for_compiler
-from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, default_device, dispatched, make_device_map, room
+from tinychat.placement import DeviceMap, Dtype, MaxMemory, Placement, place_name
 from tinychat.quantization import quantization_of
 from tinychat.repack import as_gemm, packed_linears
 from tinychat.sharding import Cutting, sharded, share_of, shared_notes
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tinychat.inputs.processor import Processor
     from tinychat.models.shares import Share
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
-    from tinychat.planner import Plan
+    from tinychat.planner import Need, Plan
 
 Json = dict[str, Any]
 Report = Callable[[Progress], None]
@@ -75,7 +75,7 @@ def load_model(
     """A model in eval mode, from a folder of any layout, a hub id, or (None) the embedded one.
 
     dtype None: what the checkpoint says; on a CPU, models whose float part is at most 1 GiB become float32. device
-    None: CUDA where there is one. device_map ("auto", "sequential" or module -> device) and max_memory are
+    None: CUDA where there is one. device_map ("auto", "balanced", "sequential" or module -> device) and max_memory are
     accelerate's. Raises ModelError or FormatError with a sentence about the folder, the config or the weights.
     """
     placement = Placement(dtype, device, device_map, max_memory)
@@ -131,10 +131,11 @@ def load_folder(
 
     source = open_source(folder, group)
     tokens = choose_context(source.config, context)
+    placement = spread.settle(source, placement, tokens, chunk, rows)
     if progress is not None and waits_for_compiler(source, placement):
         progress(Progress("", "compile", 0, 1))
     notes = notes_of(source, placement)
-    plan(source, tokens, placement, chunk, rows)
+    notes += spread.notes_of(source, placement, plan(source, tokens, placement, chunk, rows))
     if source.share is not None:
         notes += shared_notes(source.share, source.config)
     processor = Processor.from_folder(source.folder, source.config, template)
@@ -205,16 +206,17 @@ def assemble(
 
     `note` is told what could not be done that makes the next start slower.
     """
+    placement = spread.settle(source, placement)
     packing, for_cuda = packing_of(source, placement), cuda_packing.applies(source, placement)
     device, dtype = placement.main_device, _dtype_of(source, placement, packing)
-    packed = frozenset(packed_linears(source.index))
-    model = empty_model(source.config, dtype, source.spec, packed, source.int8, source.share)
-    device_map = None
-    if placement.device_map is not None:
-        device_map = make_device_map(model, placement.device_map, placement.max_memory, dtype)
+    model = empty_of(source, dtype)
+    away = offload.offloading(model, source.index, placement, dtype)
     loading, preparing = _reporters(progress, len(packing.sizes) if packing else 0)
     other = {"skipped": packing.skipped, "stored": packing.stored} if packing else {}
-    checkpoint.stream_into(model, source.index, source.config.layout, dtype, device_map or device, loading, **other)
+    where = device
+    if away is not None:
+        where, other = away.spread.resident(), {"skipped": away.spread.stored}
+    checkpoint.stream_into(model, source.index, source.config.layout, dtype, where, loading, **other)
     if packing:
         fill(model, source, packing, dtype, preparing, note)
     if for_cuda:
@@ -225,31 +227,44 @@ def assemble(
         dequantize(model, dtype)
     model.kv_dtype = _kv_dtype(placement, dtype, packing)
     model.eval()
-    return dispatched(model, device_map) if device_map else model
+    if away is not None:
+        away.dispatch(model, dtype)
+    return model
 
 
 def plan(source: Source, context: int, placement: Placement, chunk: int = CHUNK, rows: int = 1) -> Plan:
-    """Whether the model and contexts of so many tokens, one a row, fit. Raises CapacityError where they do not."""
+    """Whether the model and contexts of so many tokens, one a row, fit. Raises CapacityError where they do not.
+
+    Of several devices it is the first one's part.
+    """
+    from tinychat import planner
+
+    need = need_of(source, placement, chunk, rows)
+    if placement.is_spread:
+        return spread.check(source, placement, need, context)
+    where, mapped = placement.main_device, placement.device_map is not None
+    free = placement.rooms[place_name(where)] if mapped else planner.free_bytes(where) // placement.sharers
+    return planner.check(need, context, free)
+
+
+def need_of(source: Source, placement: Placement, chunk: int = CHUNK, rows: int = 1) -> Need:
+    """What decides how much memory contexts of a model take that is placed like this."""
     from tinychat import planner
 
     where, packing = placement.main_device, packing_of(source, placement)
     kind = _dtype_of(source, placement, packing)
     held = packing.held(source.index) if packing else {}
-    need = planner.Need(
+    return planner.Need(
         source.config,
         planner.weights_bytes(source.index, kind, placement.dequantize, held),
         kind,
-        where if placement.device_map is None else default_device(),
+        where,
         quantized=source.spec is not None and not placement.dequantize and packing is None,
         chunk=chunk,
         kv_dtype=_kv_dtype(placement, kind, packing),
         rows=rows,
         text=source.text,
     )
-    free = None if placement.device_map is None else room(placement.device_map, placement.max_memory)
-    if placement.sharers > 1:
-        free = planner.free_bytes(where) // placement.sharers
-    return planner.check(need, context, free)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
@@ -260,6 +275,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear | Int8Linear):
             model.set_submodule(name, module.to_linear(dtype))
+
+
+def empty_of(source: Source, dtype: torch.dtype) -> VilaLlamaForCausalLM:
+    """The structure of what was opened, on the meta device."""
+    packed = frozenset(packed_linears(source.index))
+    return empty_model(source.config, dtype, source.spec, packed, source.int8, source.share)
 
 
 def empty_model(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tinychat.errors import UsageError
-from tinychat.flags import ModelFlags, parse_max_memory
+from tinychat.flags import ModelFlags, parse_device_map, parse_max_memory
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,8 @@ def _placement(flags: ModelFlags, asked: frozenset[str]) -> Placement:
 
     device = checked_device(flags.device)
     return Placement(
-        dtype=flags.dtype, device=device, device_map=flags.device_map, max_memory=parse_max_memory(flags.max_memory),
+        dtype=flags.dtype, device=device,
+        device_map=parse_device_map(flags.device_map), max_memory=parse_max_memory(flags.max_memory),
         dequantize=flags.dequantize, exact=flags.exact, head=flags.head or "int8", tower=flags.tower or "int8",
         threads=flags.threads, kv_cache_dtype=flags.kv_cache_dtype, asked=asked,
     )  # fmt: skip

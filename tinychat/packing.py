@@ -132,6 +132,7 @@ def _idle(option: str, source: Source, placement: Placement) -> str | None:
     for idle, why in (
         (source.spec is None, "the model has no 4-bit layers"),
         (placement.dequantize, "--dequantize takes them as floats"),
+        (placement.is_spread, "the device map leaves nothing to the CPU kernels"),
         (registry.asked() == "ref", "TINYCHAT_BACKEND asks for ref"),
         (device != "cpu" and not option.startswith("--head"), f"the model is on {device}"),
         (option.startswith("--tower") and placement.exact, "--exact keeps the tower's floats"),
@@ -155,7 +156,7 @@ def _may_pack(source: Source, placement: Placement) -> bool:
 
 
 def _on_cpu(placement: Placement) -> bool:
-    return placement.device_map is None and placement.main_device.type == "cpu"
+    return not placement.is_spread and placement.main_device.type == "cpu"
 
 
 def fill(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 
-from tinychat.errors import CapacityError, UsageError
+from tinychat.errors import UsageError
 
-if TYPE_CHECKING:
-    from tinychat.models.vila_llama import VilaLlamaForCausalLM
-
+CPU, DISK = "cpu", "disk"
 Dtype = torch.dtype | str | None
 DeviceMap = str | Mapping[str, str | int | torch.device] | None
 HEADS = ("int8", "float")
 TOWERS = ("int8", "float")
 KV_CACHES = ("auto", "float", "int8")
+MAPS = ("auto", "balanced", "sequential")
 MaxMemory = Mapping[int | str, int | str] | None
 
 
@@ -57,6 +54,9 @@ class Placement:
             raise UsageError(f"--kv-cache-dtype is {self.kv_cache_dtype!r}", f"give {', '.join(KV_CACHES)}")
         if self.dequantize and self.device_map is not None:
             raise UsageError("both --dequantize and a --device-map are given", "give one of the two")
+        if isinstance(self.device_map, str) and self.device_map not in MAPS:
+            known = f"{', '.join(MAPS)}, or a mapping of modules to devices"
+            raise UsageError(f"the device map is {self.device_map!r}", f"give {known}")
         if self.device is not None and self.device_map is not None:
             raise UsageError("both a --device and a --device-map are given", "give one of the two")
         if self.max_memory is not None and self.device_map is None:
@@ -64,36 +64,69 @@ class Placement:
 
     @property
     def main_device(self) -> torch.device:
-        """Where the model computes: the device, or with a device map CUDA."""
-        if self.device_map is not None:
-            return torch.device("cuda")
-        return default_device() if self.device is None else torch.device(self.device)
+        """Where the model computes: the device, or of a device map the first GPU, and the CPU where it has none."""
+        if self.device_map is None:
+            return default_device() if self.device is None else torch.device(self.device)
+        if isinstance(self.device_map, str):
+            return torch.device(next(iter(self.rooms)))
+        return main_of(self.device_map)
+
+    @property
+    def rooms(self) -> dict[str, int]:
+        """Bytes free on each device that may be used, the GPUs first, each up to its limit.
+
+        The CPU always is one. The GPUs are those of the map, else those that have a limit, else all. Raises UsageError.
+        """
+        from tinychat import planner
+
+        limits = {_limited(name): _size(limit) for name, limit in (self.max_memory or {}).items()}
+        used = {} if isinstance(self.device_map, str) else dict(self.device_map or {})
+        every = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        asked = {place_name(device) for device in used.values()} if used else set(limits)
+        gpus = [place for place in every if place in asked] or ([] if used else every)
+        free = {place: planner.free_bytes(torch.device(place)) for place in (*gpus, CPU)}
+        return {place: min(limits.get(place, room), room) for place, room in free.items()}
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether parts of the model are on several devices, or on disk."""
+        if self.device_map is None or isinstance(self.device_map, str):
+            return self.device_map is not None
+        places = {place_name(device) for device in self.device_map.values()}
+        return len(places) > 1 or DISK in places
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def room(device_map: str | Mapping[str, Any], max_memory: MaxMemory) -> int:
-    """Bytes on all devices of a map together, each up to its limit."""
-    from tinychat import planner
-
-    limits = dict(max_memory or {})
-    every: list[Any] = list(limits) or [*range(torch.cuda.device_count()), "cpu"]
-    used = every if isinstance(device_map, str) else dict.fromkeys(device_map.values())
-    return sum(min(_size(limits.get(name, sys.maxsize)), planner.free_bytes(_present(name))) for name in used)
+def main_of(device_map: Mapping[str, Any]) -> torch.device:
+    """Where a map's modules compute that have no GPU of their own."""
+    places = {place_name(device) for device in device_map.values()} - {CPU, DISK}
+    return torch.device(min(places, key=lambda place: int(place.removeprefix("cuda:")), default=CPU))
 
 
-def _present(name: str | int | torch.device) -> torch.device:
-    """A device of a map. Raises UsageError for one that is not here."""
-    count = torch.cuda.device_count()
+def place_name(name: Any) -> str:
+    """A device of a map as "cuda:0", "cpu" or "disk". Raises UsageError for one that is not here."""
+    if name == DISK:
+        return DISK
     try:
         device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"there is no device {name!r}", "name cpu, or a CUDA device by its number") from error
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"there is no device {name!r}", "name cpu, disk, or a CUDA device by its number") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"a device map cannot use {device}", "name cpu, disk, or a CUDA device by its number")
+    count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UsageError(f"torch finds {count} CUDA devices, not {device}", "name cpu, or a smaller number")
-    return device
+    return CPU if device.type == "cpu" else f"cuda:{device.index or 0}"
+
+
+def _limited(name: int | str) -> str:
+    """A device that has a limit. Raises UsageError for the disk."""
+    if name == DISK:
+        raise UsageError("max_memory has a limit for disk", "limit cpu, or a CUDA device by its number")
+    return place_name(name)
 
 
 def _size(limit: int | str) -> int:
@@ -104,37 +137,3 @@ def _size(limit: int | str) -> int:
         return convert_file_size_to_int(limit)
     except ValueError as error:
         raise UsageError(f"the limit of memory {limit!r} is no size", "give bytes, or such as 10GiB") from error
-
-
-def make_device_map(
-    model: nn.Module, asked: str | Mapping[str, Any], max_memory: MaxMemory, dtype: torch.dtype
-) -> dict[str, Any]:
-    """accelerate's map of modules to devices. Raises CapacityError where something would go to disk."""
-    if not isinstance(asked, str):
-        return dict(asked)
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    if asked not in ("auto", "sequential"):
-        raise UsageError(f"the device map is {asked!r}", "give auto, sequential, or a mapping of modules to devices")
-    whole: dict[str, Any] = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
-    memory = dict(max_memory) if max_memory is not None else None
-    if asked == "auto":
-        memory = get_balanced_memory(model, memory, **whole)
-    found = infer_auto_device_map(model, memory, **whole)
-    if homeless := [name for name, device in found.items() if device == "disk"]:
-        which = (
-            f"{len(homeless)} parts of the model ({homeless[0]}, ...) fit" if homeless[0] else "the whole model fits"
-        )
-        raise CapacityError(
-            f"{which} on no device within the memory allowed", "allow more memory, or take a 4-bit checkpoint"
-        )
-    return found
-
-
-def dispatched(model: VilaLlamaForCausalLM, device_map: dict[str, Any]) -> VilaLlamaForCausalLM:
-    from accelerate import dispatch_model
-
-    if len(set(map(str, device_map.values()))) > 1:
-        dispatch_model(model, device_map)  # hooks that move activations between the devices, set in place
-    return model

@@ -34,7 +34,10 @@ BITS_4 = (4 + 20 / 128) / 8  # bytes a weight at group size 128: the weight, a 1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes needed by part, and bytes free. `activations` are those of one chunk, `vision` those of one picture."""
+    """Bytes needed by part, and bytes free. `activations` are those of one chunk, `vision` those of one picture.
+
+    `disk` are the bytes of weights that stay on disk, `where` is one device of several.
+    """
 
     context: int
     weights: int
@@ -44,6 +47,8 @@ class Plan:
     margin: int
     free: int
     rows: int = 1
+    disk: int = 0
+    where: str = ""
 
     @property
     def total(self) -> int:
@@ -59,7 +64,9 @@ class Plan:
         each = "" if self.rows == 1 else f"{self.rows} x "
         parts = f"weights {_gib(self.weights)}, {each}{self.context} tokens of context {_gib(self.kv)}"
         work = _gib(max(self.activations, self.vision) + self.margin)
-        return f"{_gib(self.total)} GiB are needed ({parts}, work space {work}), {_gib(self.free)} GiB are free"
+        parts += f"; {_gib(self.disk)} stay on disk" if self.disk else ""
+        where = f" on {self.where}" if self.where else ""
+        return f"{_gib(self.total)} GiB are needed ({parts}, work space {work}), {_gib(self.free)} GiB are free{where}"
 
 
 @dataclass(frozen=True, slots=True)

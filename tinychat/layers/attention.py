@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -26,6 +26,7 @@ class Span:
     starts: list[int]
     cache: KVCache | None
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _elsewhere: dict[torch.device, Span] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -36,6 +37,15 @@ class Span:
     def length(self) -> int:
         """Keys that the longest row has to look at."""
         return max(self.starts) + self.count
+
+    def to(self, device: torch.device) -> Span:
+        """The same on another device, made once for all layers there."""
+        if device == self.cos.device:
+            return self
+        if device not in self._elsewhere:
+            cos, sin = self.cos.to(device), self.sin.to(device)
+            self._elsewhere[device] = replace(self, cos=cos, sin=sin, _masks={}, _elsewhere={})
+        return self._elsewhere[device]
 
     def mask(self, window: int | None) -> Tensor:
         """The causal mask of a window, made once for all layers."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tinychat.checkpoint import write_safetensors
 from tinychat.config import VilaConfig
+from tinychat.errors import UsageError
 
 if TYPE_CHECKING:
     from tinychat.models.vila_llama import VilaLlamaForCausalLM
@@ -20,7 +21,13 @@ PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "
 
 
 def save_folder(model: VilaLlamaForCausalLM, folder: Path) -> None:
-    """Write config and weights; a tokenizer and an image processor are the caller's to add."""
+    """Write config and weights; a tokenizer and an image processor are the caller's to add.
+
+    Raises UsageError for a model whose weights lie elsewhere than in its modules.
+    """
+    if absent := sum(tensor.is_meta for tensor in model.state_dict().values()):
+        message = f"{absent} tensors of the model are not in memory, since a device map has them elsewhere"
+        raise UsageError(message, "load it without a device map")
     folder.mkdir(parents=True, exist_ok=True)
     for name, key in PARTS.items():
         module = model.get_vision_tower() if name == "vision_tower" else getattr(model, name)

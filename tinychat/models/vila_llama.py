@@ -39,7 +39,9 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
 
     config_class = VilaConfig
     base_model_prefix = "llm"
-    _no_split_modules = ["DecoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = [
+        "DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings", "SiglipVisionEmbeddings", "Projector",
+    ]  # fmt: skip
     _supports_sdpa = True
 
     _share: Share | None = None
@@ -67,6 +69,8 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         self._refusal: Refusal | None = None
         self.obstacle: str | None = None  # to running the decoder as a whole, when that was last tried
         self.kv_dtype: torch.dtype | None = None
+        self.home: torch.device | None = None  # where inputs come and logits go, of a model on several devices
+        self.kv_devices: tuple[torch.device, ...] = ()  # of its layers
         self.llm = LlamaForCausalLM(config.text, self._share)
         group = self.llm.share.group
         towers = tower_group(config.vision, group) if config.vision else group
@@ -187,7 +191,12 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         """
         text = self.llm.config
         capacity = capacity or min(text.max_position_embeddings, OWNED_CAPACITY)
-        return KVPool(text, rows, capacity, self.cache_dtype, self.device).take(rows)
+        return KVPool(text, rows, capacity, self.cache_dtype, self.kv_devices or self.device).take(rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return self.home or super().device
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -259,7 +268,7 @@ class VilaLlamaForCausalLM(LlavaMetaModel, LlavaMetaForCausalLM, PreTrainedModel
         if self._owned is None or len(self._owned) != rows:
             return False
         keys = self._owned.layer(0).k
-        return keys.dtype == self.cache_dtype and keys.device == self.device
+        return keys.dtype == self.cache_dtype and keys.device == (self.kv_devices or (self.device,))[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> VilaLlamaForCausalLM:
         self._one_call, self._refusal = None, None
