@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -98,11 +99,12 @@ def open_source(model: str | None, revision: str | None) -> Source:
         raise ModelError(f"{folder} {what}, and search compares by CLIP or SigLIP", f"give one, such as {EXAMPLE}")
     try:
         config = AutoConfig.for_model(family, **raw)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        wanted = _wanted(config)
+    except (StrictDataclassError, TypeError, ValueError, AttributeError, LookupError) as error:
         message = f"{folder / 'config.json'} is not the config of a {family} model ({error})"
         raise FormatError(message, "download or copy the file again") from error
     source = Source(folder, family, config, Index.of(folder))
-    _report(source).check()
+    _report(source.index, wanted).check()
     return source
 
 
@@ -115,11 +117,14 @@ def dtype_of(asked: str | None, device: torch.device) -> torch.dtype:
     return FLOAT_TYPES[name]
 
 
-def _report(source: Source) -> KeyReport:
-    """The checkpoint's names and shapes against those that transformers gives this config; extras do no harm."""
+def _wanted(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Names and shapes of the tensors that transformers gives this config; nothing is allocated."""
     with torch.device("meta"):
-        wanted: dict[str, Tensor] = AutoModel.from_config(source.config).state_dict()
-    index = source.index
+        return AutoModel.from_config(config).state_dict()
+
+
+def _report(index: Index, wanted: Mapping[str, Tensor]) -> KeyReport:
+    """The checkpoint's names and shapes against the wanted ones; what it has besides does no harm."""
     here = [name for name in wanted if name in index]
     return KeyReport(
         found={name: name for name in here},
