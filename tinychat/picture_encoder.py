@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.configuration_utils import PretrainedConfig
 
-from tinychat.checkpoint import Index, KeyReport, Weights
+from tinychat.checkpoint import Index, Weights, compare
 from tinychat.config import FLOAT_TYPES, VisionConfig, read_json
 from tinychat.core import Image
 from tinychat.errors import CapacityError, FormatError, ModelError, UsageError
@@ -26,6 +26,7 @@ from tinychat.packed_cache import key_of
 EMBEDDED = Path(__file__).parent / "assets" / "search"
 EXAMPLE = "--model openai/clip-vit-base-patch32"
 FAMILIES = ("clip", "siglip")
+PLAIN = "text"  # the layout whose names are those on disk
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -99,12 +100,13 @@ def open_source(model: str | None, revision: str | None) -> Source:
         raise ModelError(f"{folder} {what}, and search compares by CLIP or SigLIP", f"give one, such as {EXAMPLE}")
     try:
         config = AutoConfig.for_model(family, **raw)
-        wanted = _wanted(config)
+        with torch.device("meta"):
+            empty = _model_class(family)("", config)
     except (StrictDataclassError, TypeError, ValueError, AttributeError, LookupError) as error:
         message = f"{folder / 'config.json'} is not the config of a {family} model ({error})"
         raise FormatError(message, "download or copy the file again") from error
     source = Source(folder, family, config, Index.of(folder))
-    _report(source.index, wanted).check()
+    compare(empty, source.index, PLAIN).check()
     return source
 
 
@@ -115,28 +117,6 @@ def dtype_of(asked: str | None, device: torch.device) -> torch.dtype:
     if (name := SHORT.get(asked, asked)) not in FLOAT_TYPES:
         raise UsageError(f"dtype is {asked!r}", f"give one of {', '.join((*FLOAT_TYPES, *SHORT))}")
     return FLOAT_TYPES[name]
-
-
-def _wanted(config: PretrainedConfig) -> dict[str, Tensor]:
-    """Names and shapes of the tensors that transformers gives this config; nothing is allocated."""
-    with torch.device("meta"):
-        return AutoModel.from_config(config).state_dict()
-
-
-def _report(index: Index, wanted: Mapping[str, Tensor]) -> KeyReport:
-    """The checkpoint's names and shapes against the wanted ones; what it has besides does no harm."""
-    here = [name for name in wanted if name in index]
-    return KeyReport(
-        found={name: name for name in here},
-        missing=tuple(name for name in wanted if name not in index),
-        unexpected=(),
-        duplicate=(),
-        misshapen=tuple(
-            f"{name} is {list(index.shape(name))}, {list(wanted[name].shape)} is needed"
-            for name in here
-            if index.shape(name) != tuple(wanted[name].shape)
-        ),
-    )
 
 
 def _model_class(family: str) -> Any:
