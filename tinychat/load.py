@@ -131,9 +131,9 @@ def load_folder(
 
     source = open_source(folder, group)
     tokens = choose_context(source.config, context)
-    placement = spread.settle(source, placement, tokens, chunk, rows)
     if progress is not None and waits_for_compiler(source, placement):
         progress(Progress("", "compile", 0, 1))
+    placement = spread.settle(source, placement, tokens, chunk, rows)
     notes = notes_of(source, placement)
     notes += spread.notes_of(source, placement, plan(source, tokens, placement, chunk, rows))
     if source.share is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -97,6 +97,8 @@ def waits_for_compiler(source: Source, placement: Placement) -> bool:
     """Whether `packing_of` is going to compile the kernels, which takes a minute or so. Raises KernelError too."""
     from tinychat_kernels import build, cpu
 
+    if isinstance(placement.device_map, str):  # it may turn out to be the CPU
+        placement = replace(placement, device_map=None, max_memory=None)
     wanted = _may_pack(source, placement) and registry.asked() in (None, "cpu")
     return wanted and build.waits_for_compiler(cpu.cache_folder())
 

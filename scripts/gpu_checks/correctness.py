@@ -44,6 +44,7 @@ def run(machine: Machine, store: Store) -> None:
     for name, check in decoding.CHECKS.items():
         store.get(STAGE, name, partial(check, machine))
     store.get(STAGE, "the embedded model", lambda: embedded.answers(machine))
+    store.get(STAGE, "the embedded model, parts in RAM and on disk", lambda: embedded.answers(machine, spread=True))
 
 
 def dtypes(machine: Machine) -> list[torch.dtype]:
