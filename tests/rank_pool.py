@@ -55,8 +55,8 @@ class RankPool:
         for end in self._ends:
             end.close()
         for process in self._processes:
-            process.join(10)
             process.kill()
+            process.join()
 
 
 @contextmanager
@@ -93,6 +93,7 @@ def _answer(path: Sequence[str], call: bytes, rank: int, size: int, store: str) 
         try:
             return True, pickle.dumps(function(dist.group.WORLD, *arguments))
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  # told to the test
         return False, traceback.format_exc()

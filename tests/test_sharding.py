@@ -166,7 +166,7 @@ def test_heads_that_end_inside_the_smallest_group_are_refused(tmp_path: Path) ->
 
 def test_ranks_that_do_not_divide_the_heads_are_refused(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path)
-    words = r"3 ranks cannot share this model: its 4 attention heads do not divide by 3; take 1, 2, 4 ranks"
+    words = r"3 ranks cannot share this model: its 4 attention heads do not divide by 3; take 1, 2 or 4"
     with pytest.raises(ModelError, match=words):
         open_source(folder, Rank(0, 3))
     with pytest.raises(ModelError, match="8 ranks cannot share this model: it has 4 attention heads"):

@@ -32,8 +32,9 @@ class Share:
         """The share of `group.rank()`; the MLP is cut in whole `unit`s. Raises ModelError where ranks do not fit."""
         rank, size = group.rank(), group.size()
         if wrong := misfit(config, size):
-            fitting = ", ".join(str(n) for n in range(1, config.num_attention_heads + 1) if misfit(config, n) is None)
-            raise ModelError(f"{size} ranks cannot share this model: {wrong}", f"take {fitting} ranks")
+            *most, last = [n for n in range(1, config.num_attention_heads + 1) if misfit(config, n) is None]
+            fitting = " or ".join(([", ".join(map(str, most))] if most else []) + [str(last)])
+            raise ModelError(f"{size} ranks cannot share this model: {wrong}", f"take {fitting}")
         count = config.num_attention_heads // size
         heads = range(rank * count, (rank + 1) * count)
         kv_heads = _kv_heads(heads, config.num_attention_heads // config.num_key_value_heads)

@@ -14,14 +14,17 @@ from typing import Any
 from tinychat.errors import TinychatError
 from tinychat.ranks.lead import Order, check_loading, load_part
 from tinychat.ranks.led import FollowedModel
-from tinychat.ranks.words import gathered, listen
+from tinychat.ranks.words import gathered, leave, listen
 from tinychat.ranks.world import OVER, PATIENCE, WORD, World, meet, open_store, world_of
 
 LOST = 1
 
 
 def follow(world: World) -> int:
-    """Wait until rank 0 calls, follow it to the end, and give the exit code. Raises TinychatError."""
+    """Wait until rank 0 calls, and follow it to the end of this process. Raises TinychatError.
+
+    Comes back, with an exit code, only where rank 0 has no need of others.
+    """
     from torch.distributed import DistError
 
     store = open_store(world)
@@ -32,7 +35,9 @@ def follow(world: World) -> int:
             return 0
     except (DistError, RuntimeError) as error:
         raise TinychatError(f"rank 0 ended, and rank {world.rank} with it", "start again") from error
-    return serve(world, meet(world, store))
+    code = serve(world, meet(world, store))
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may still hold a tensor, which they cannot let go while Python is shut down
 
 
 def serve(world: World, group: Any) -> int:
@@ -42,6 +47,7 @@ def serve(world: World, group: Any) -> int:
         try:
             name, arguments = listen(group)
             if name == "end":
+                leave()
                 return 0
             if name == "load":
                 model = _load(arguments[0], world, group)

@@ -7,25 +7,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from tinychat.ranks.world import World
 
 HERE = "127.0.0.1"
 GRACE = 5.0  # seconds for a rank to end by itself
-FOLLOW = "tinychat.ranks.follow"
+FOLLOW = (sys.executable, "-m", "tinychat.ranks.follow")
 Lost = Callable[[str], None]
 
 
 class Launched:
     """The processes of ranks 1 to size - 1. `lost` is told, from another thread, when one ends before its time."""
 
-    def __init__(self, size: int, port: int, lost: Lost) -> None:
+    def __init__(self, size: int, port: int, lost: Lost, command: Sequence[str] = FOLLOW) -> None:
         self._lost = lost
         self._ending = threading.Event()
         self._once = threading.Lock()
-        self.processes = [_start(World(rank, size, rank, size, HERE, port)) for rank in range(1, size)]
+        self.processes = [_start(World(rank, size, rank, size, HERE, port), command) for rank in range(1, size)]
         for rank, process in enumerate(self.processes, 1):
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
 
@@ -62,11 +62,10 @@ def how_it_ended(code: int) -> str:
     return f"was ended by {name}{perhaps}"
 
 
-def _start(world: World) -> subprocess.Popen[bytes]:
+def _start(world: World, command: Sequence[str]) -> subprocess.Popen[bytes]:
     described = {
         "RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank,
         "LOCAL_WORLD_SIZE": world.local_size, "MASTER_ADDR": world.address, "MASTER_PORT": world.port,
     }  # fmt: skip
     variables = {**os.environ, **{name: str(value) for name, value in described.items()}}
-    command = [sys.executable, "-m", FOLLOW]
     return subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)

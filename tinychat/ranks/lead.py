@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinychat.core import Progress
 from tinychat.errors import ModelError, TinychatError
 from tinychat.ranks.led import LedModel
-from tinychat.ranks.words import gathered, speak
+from tinychat.ranks.words import gathered, leave, speak
 from tinychat.ranks.world import World
 from tinychat_kernels.cpu import usable_cores
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tinychat.ranks.launch import Launched
 
 KINDS = (".json", ".safetensors", ".bin", ".pt", ".pth")
+PARTING = 0.1  # seconds in which gloo's threads let the last tensors go: they cannot while Python is shut down
 NOTICED = 5.0  # seconds in which the watch says which rank has ended, before the connection's own error is shown
 
 
@@ -82,6 +83,8 @@ class Leader:
         if not self._broken:
             with suppress(RuntimeError):
                 speak(self.group, "end")
+                leave()
+                time.sleep(PARTING)
         if self._launched is not None:
             self._launched.end(at_once=self._broken)
 

@@ -37,6 +37,13 @@ def gathered(group: Any, value: Any) -> list[Any]:
     return found
 
 
+def leave() -> None:
+    """Out of the group, whose threads must not outlive it."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+
+
 def _on_cpu(value: Any) -> Any:
     """A copy that can be pickled, of tensors wherever they are."""
     if isinstance(value, Tensor):

@@ -1,0 +1,89 @@
+"""--tp and torchrun as a user runs them: real processes, a real terminal, and ranks that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from terminal.pseudo import ENTER, Terminal
+
+from tinychat import load
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+PICTURE = str(Path(load.EMBEDDED).parent / "samples" / "word.png")
+ASK = ("ask", "What is in the picture?", PICTURE, "--json")
+PATIENCE = 60
+NOTICED = 10  # seconds
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=2 * PATIENCE)
+
+
+def test_two_ranks_answer_like_one() -> None:
+    one, two = (run("-m", "tinychat", *ASK, "--tp", ranks) for ranks in ("1", "2"))
+    assert (one.returncode, two.returncode, two.stderr) == (0, 0, "")
+    assert json.loads(two.stdout)["text"] == json.loads(one.stdout)["text"] == "The word CAT in red."
+
+
+def chat(tmp_path: Path) -> Terminal:
+    """A chat of two ranks, after which the shell says whether keys are echoed."""
+    script = (
+        f"'{sys.executable}' -m tinychat chat --tp 2; echo \"code $?\"; stty -a | grep -wo -e '-echo' || echo echoes"
+    )
+    cache = f"TINYCHAT_CACHE={os.environ['TINYCHAT_CACHE']}"
+    terminal = Terminal(tmp_path, "/usr/bin/env", cache, "/bin/sh", "-c", script)
+    terminal.wait(lambda shown: shown.endswith("\n>"))
+    return terminal
+
+
+def others(process: psutil.Process) -> list[psutil.Process]:
+    """The ranks that a process has started."""
+    return [one for one in process.children(recursive=True) if "tinychat.ranks.follow" in one.cmdline()]
+
+
+def test_a_killed_rank_ends_the_chat_and_gives_the_terminal_back(tmp_path: Path) -> None:
+    terminal = chat(tmp_path)
+    terminal.type(f"hello{ENTER}")
+    terminal.see("Hello!")
+    terminal.ready()
+    (other,) = others(psutil.Process(terminal.child.pid))
+    other.kill()
+    shown = terminal.see("echo")
+    assert "error: rank 1 was ended by SIGKILL, perhaps for lack of memory" in shown.replace("\n", " ")
+    assert "code 1\nechoes" in shown
+    assert terminal.ends_with() == 0
+
+
+def test_the_others_end_with_rank_0() -> None:
+    command = [sys.executable, "-m", "tinychat", "chat", "--plain", "--tp", "2"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+        assert started.stdin is not None
+        assert started.stdout is not None
+        started.stdin.write(b"hello\n")
+        started.stdin.flush()
+        assert started.stdout.readline() == b"Hello!\n"
+        left = others(psutil.Process(started.pid))
+        assert len(left) == 1
+        started.send_signal(signal.SIGKILL)
+        gone, alive = psutil.wait_procs(left, NOTICED)
+        assert (len(gone), alive) == (1, [])
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks() -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tinychat")
+    answered = run(*torchrun, *ASK)
+    assert answered.returncode == 0
+    assert json.loads(answered.stdout)["text"] == "The word CAT in red."
+    assert run(*torchrun, "doctor").returncode == 0  # which needs no other rank
+    wrong = run(*torchrun, "ask", "hi", "--tp", "4")
+    assert wrong.returncode == 1
+    assert "error: --tp is 4, and torchrun has started 2 ranks; leave --tp out" in wrong.stderr
