@@ -631,6 +631,19 @@ def test_a_dtype_that_is_none():
         dtype_of("int8", CPU)
 
 
+def test_flags_are_checked_where_nothing_is_to_do(photos: Path, model: Path):
+    look(photos, model, "")
+    with pytest.raises(UsageError, match="dtype is 'int8'"):
+        look(photos, model, "", dtype="int8")
+
+
+def test_a_dtype_that_is_too_small(model: Path, monkeypatch: pytest.MonkeyPatch):
+    encoder = PictureEncoder(open_source(str(model), None), CPU, torch.float16)
+    monkeypatch.setattr(encoder.model, "get_image_features", lambda pixels: pixels.sum((1, 2, 3))[:, None] * 70000)
+    with pytest.raises(ModelError, match="the model computes what float16 cannot hold; give --dtype fp32"):
+        encoder.embed(torch.ones(2, 3, 8, 8))
+
+
 def test_half_precision_ranks_alike(photos: Path, model: Path):
     exact = {hit.path: hit.score for hit in look(photos, model).hits}
     rough = {hit.path: hit.score for hit in look(photos, model, dtype="bf16", rebuild=True).hits}

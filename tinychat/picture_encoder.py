@@ -71,7 +71,7 @@ class PictureEncoder:
         """[N, 3, H, W] -> [N, P] float32 on the CPU. Raises CapacityError where the device has no memory for it."""
         with _enough_memory(f"{len(pixels)} pictures at once are too many", "give a smaller --batch"):
             features = self.model.get_image_features(pixels.to(self.device, self.dtype))
-        return normalize(features.float(), dim=-1).cpu()
+        return self._normalized(features)
 
     @torch.inference_mode()
     def embed_text(self, text: str, note: Callable[[str], None]) -> Tensor:
@@ -84,8 +84,14 @@ class PictureEncoder:
             return_tensors="pt",
         )  # fmt: skip
         mask = {} if self.pads else {"attention_mask": told["attention_mask"].to(self.device)}
-        features = self.model.get_text_features(told["input_ids"].to(self.device), **mask)
-        return normalize(features.float(), dim=-1)[0].cpu()
+        return self._normalized(self.model.get_text_features(told["input_ids"].to(self.device), **mask))[0]
+
+    def _normalized(self, features: Tensor) -> Tensor:
+        """[N, P], on the CPU. Raises ModelError where the dtype does not hold what the model computes."""
+        if not features.isfinite().all():
+            kind = str(self.dtype).removeprefix("torch.")
+            raise ModelError(f"the model computes what {kind} cannot hold", "give --dtype fp32")
+        return normalize(features.float(), dim=-1).cpu()
 
 
 def open_source(model: str | None, revision: str | None) -> Source:

@@ -63,6 +63,7 @@ class Search:
     folder: Path
     source: Source
     device: torch.device
+    dtype: torch.dtype
     report: Report
     notes: list[str] = field(default_factory=list)
     load_s: float = 0.0
@@ -80,7 +81,7 @@ class Search:
     def encoder(self) -> PictureEncoder:
         began = perf_counter()
         self.report(Progress("", "load", 0, len(self.source.index.names())))
-        encoder = PictureEncoder(self.source, self.device, dtype_of(self.flags.dtype, self.device))
+        encoder = PictureEncoder(self.source, self.device, self.dtype)
         self.load_s = perf_counter() - began
         return encoder
 
@@ -115,7 +116,9 @@ def perform(flags: SearchFlags, device: torch.device | None, report: Report) -> 
     if not listed:
         deeper = "" if flags.recursive else ", not counting the folders in it"
         raise UsageError(f"{flags.folder} holds no pictures{deeper}", "give a folder with .jpg, .png or other pictures")
-    search = Search(flags, folder, open_source(flags.model, flags.revision), device or default_device(), report)
+    device = device or default_device()
+    dtype = dtype_of(flags.dtype, device)
+    search = Search(flags, folder, open_source(flags.model, flags.revision), device, dtype, report)
     query = search.query()
     began, loaded = perf_counter(), search.load_s
     file = _index_file(search)
