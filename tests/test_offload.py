@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from int8_folders import int8_folder
 from packed_folders import as_pickle, packed_folder
 from torch import Tensor
@@ -21,6 +23,8 @@ from transformers import LlamaConfig
 
 from make_tiny_model import make_tiny_model
 from tinychat import load, offload
+from tinychat.core import Finished, Message, Request, StoppingParams, Text
+from tinychat.engine.engine import Engine
 from tinychat.errors import CapacityError, FormatError, ModelError, UsageError
 from tinychat.layers.kv_cache import KVPool
 from tinychat.layers.linear import QuantLinear
@@ -55,6 +59,7 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path / "cache"))
 
 
+@torch.no_grad()
 def said(model: VilaLlamaForCausalLM) -> list[Tensor]:
     """Features of pictures, and logits of a prefill, of some greedy tokens, and of a whole forward."""
     found: list[Tensor] = []
@@ -66,8 +71,7 @@ def said(model: VilaLlamaForCausalLM) -> list[Tensor]:
     found.append(model.prefill(model.embed(ids), cache, 0, chunk=4))
     for _ in range(3):
         found.append(model.decode(found[-1][:, -1].argmax(-1, keepdim=True), cache))
-    with torch.no_grad():
-        found.append(model(input_ids=ids[None], output_hidden_states=True).logits)
+    found.append(model(input_ids=ids[None], output_hidden_states=True).logits)
     return found
 
 
@@ -176,6 +180,54 @@ def test_saving_what_is_not_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\d+ tensors of the model are not in memory.*; load it without a device map"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_the_engine_says_the_same(tmp_path: Path, kv: str) -> None:
+    """Rows that come together and leave at different times, and guesses."""
+    folder = make_tiny_model(tmp_path / "model", "text", layers=LAYERS)
+    texts = ["one", "two words", "three more words of it"]
+    said: list[list[Any]] = []
+    for how in ({"device": "cpu"}, {"device_map": {"": "disk", "llm.model.layers.0": "cpu"}}):
+        ready = load.load_folder(folder, Placement(**how, kv_cache_dtype=kv), context=256, rows=2)  # type: ignore[arg-type]
+        engine = Engine(ready.model, ready.processor, context=256, chunk=8, rows=2, speculate=3)
+        limits = [StoppingParams(max_new_tokens=count) for count in (12, 3, 7)]
+        requests = [
+            Request(str(i), (Message("user", (Text(text),)),), stopping=limit)
+            for i, (text, limit) in enumerate(zip(texts, limits, strict=True))
+        ]
+        ends = {event.request_id: event for event in engine.run(requests) if isinstance(event, Finished)}
+        said.append([ends[str(i)].token_ids for i in range(len(texts))])
+    assert said[0] == said[1] and all(said[0])
+
+
+PLACES = st.sampled_from(["cpu", "disk"])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layers=st.lists(PLACES, min_size=LAYERS, max_size=LAYERS), rest=PLACES, head=PLACES, mlp=PLACES)
+def test_any_map_says_the_same(tmp_path: Path, layers: list[str], rest: str, head: str, mlp: str) -> None:
+    folder = tmp_path / "model"
+    if not folder.exists():
+        make_tiny_model(folder, "text", layers=LAYERS, quantize=32)
+    places = {f"llm.model.layers.{i}": place for i, place in enumerate(layers)}
+    device_map = {"": rest, "llm.lm_head": head, "llm.model.layers.0.mlp": mlp, **places}
+    for ours, theirs in zip(said(load_model(folder, device_map=device_map)), said(load_model(folder)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_failure_to_read_is_no_lasting_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(make_tiny_model(tmp_path / "model", "text"), device_map=ALL)
+    wanted, read = said(model), os.preadv
+
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.preadv", fail)
+    with pytest.raises(ModelError, match="cannot be read from disk any more: .*Input/output error; see to the disk"):
+        said(model)
+    monkeypatch.setattr("os.preadv", read)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(said(model), wanted, strict=True))
 
 
 def test_blocks_come_in_any_order(tmp_path: Path) -> None:

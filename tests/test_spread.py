@@ -182,6 +182,20 @@ def test_tied_weights_go_together(tmp_path: Path) -> None:
         load.assemble(source, Placement(device_map={"": "cpu", "llm.lm_head": "disk"}))
 
 
+def test_tied_weights_count_once_and_come_whole(tmp_path: Path, gpus: list[int]) -> None:
+    gpus += [50 * MIB]
+    source = open_source(make_tiny_model(tmp_path, "text", tied=True, dtype="bfloat16", **SHAPE))
+    model, table = load.empty_of(source, torch.bfloat16), 1024 * 256 * 2
+    sizes = Sizes.of(model, source.index, torch.bfloat16)
+    for where, kept, read in (("cpu", table, 0), ("disk", 0, 2 * table)):
+        device_map = {"": 0, "llm.model.embed_tokens": where, "llm.lm_head": where}
+        placed, placement = Spread.of(model, device_map, source.index), Placement(device_map=device_map)
+        plans = spread.plans(placed, sizes, load.need_of(source, placement), 0, placement.rooms)
+        assert plans["cpu"].weights == kept + read
+        assert plans["cuda:0"].weights == source.index.total_bytes  # the head comes for its forward
+        assert plans["cuda:0"].disk == table - kept
+
+
 def test_options_of_the_cpu_kernels_have_nothing_to_do(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "text", quantize=32)
     placement = Placement(device_map={"": "disk"}, exact=True, asked=frozenset(["--exact"]))

@@ -107,7 +107,8 @@ class OnDisk:
         """A block's tensors as they are stored; the next one is read meanwhile. Raises ModelError, FormatError."""
         if self._coming is None or self._coming[0] != block:
             self._coming = self._ask(block)
-        tensors = self._coming[1].result()
+        (_, coming), self._coming = self._coming, None
+        tensors = coming.result()
         self._slot ^= 1
         if self._last is not None:
             self._after[self._last] = block

@@ -79,24 +79,26 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of each tensor as it is computed with, and as it is stored; tied ones count once a device."""
+    """Bytes of each tensor as it is computed with, and as it is stored; `again` are tied ones, without the first."""
 
     loaded: Mapping[str, int]
     stored: Mapping[str, int]
+    again: frozenset[str]
 
     @classmethod
     def of(cls, model: nn.Module, index: Index, dtype: torch.dtype) -> Sizes:
         tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
         names = {id(tensor): name for name, tensor in tensors.items() if name in index}
-        loaded, stored, seen = dict[str, int](), dict[str, int](), set[int]()
+        firsts = {id(tensor): name for name, tensor in reversed(tensors.items())}
+        loaded, stored = dict[str, int](), dict[str, int]()
         for name, tensor in tensors.items():
             entry = index.entry(names[id(tensor)]) if id(tensor) in names else None
             kind = tensor.dtype if entry is None else entry.dtype
             cast = dtype if isinstance(tensor, nn.Parameter) else kind
-            loaded[name] = 0 if id(tensor) in seen else tensor.numel() * cast.itemsize
+            loaded[name] = tensor.numel() * cast.itemsize
             stored[name] = tensor.numel() * (kind if entry is not None and entry.offset is not None else cast).itemsize
-            seen.add(id(tensor))
-        return cls(loaded, stored)
+        again = frozenset(name for name, tensor in tensors.items() if firsts[id(tensor)] != name)
+        return cls(loaded, stored, again)
 
 
 def settle(source: Source, placement: Placement, context: int = 0, chunk: int = CHUNK, rows: int = 1) -> Placement:
@@ -164,7 +166,7 @@ def plans(spread: Spread, sizes: Sizes, need: Need, context: int, rooms: Mapping
     whole = need.plan(context, 0)
     weights = _guests(spread, sizes)
     for name, place in spread.places.items():
-        weights[place] += sizes.loaded[name]
+        weights[place] += 0 if name in sizes.again else sizes.loaded[name]
     on_disk, main = weights.pop(DISK, 0), str(spread.main)
     kv = Counter(str(device) for device in spread.layers)
     found: dict[str, Plan] = {}
