@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from tinychat.errors import ModelError, UsageError
 from tinychat.layers.attention import attend, causal_mask
+from tinychat.layers.float_linear import activated, product, products
 from tinychat.layers.parallel import (
     Source,
     column_linear,
@@ -23,7 +24,6 @@ from tinychat.layers.parallel import (
     share,
     total,
 )
-from tinychat.layers.side_by_side import products
 from tinychat.models.dual_config import EncoderConfig, TextEncoderConfig
 
 
@@ -45,7 +45,7 @@ class CLIPAttention(nn.Module):
         found = products(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in found)
         seen = attend(q, k, v, mask, causal)
-        return total(self.out_proj(seen.transpose(1, 2).flatten(2)), self.group)
+        return total(product(seen.transpose(1, 2).flatten(2), self.out_proj), self.group)
 
 
 class CLIPMLP(nn.Module):
@@ -55,11 +55,11 @@ class CLIPMLP(nn.Module):
         super().__init__()
         self.group = group_of(weights)
         self.fc1 = column_linear(f"{prefix}.fc1", config.hidden_size, config.intermediate_size, weights)
-        self.act = ACT2FN[config.hidden_act]
+        self.act, self._act_name = ACT2FN[config.hidden_act], config.hidden_act
         self.fc2 = row_linear(f"{prefix}.fc2", config.intermediate_size, config.hidden_size, weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        return total(self.fc2(self.act(self.fc1(x))), self.group)
+        return total(product(activated(x, self.fc1, self.act, self._act_name), self.fc2), self.group)
 
 
 class CLIPEncoderLayer(nn.Module):

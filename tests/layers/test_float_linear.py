@@ -1,9 +1,10 @@
-"""Linears as one product: the same numbers, and only where their parameters lie side by side and nobody watches."""
+"""Float linears: as one product where they lie side by side, by oneDNN where it is faster, and always their numbers."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,28 @@ import torch
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import ACT2FN
 
+from tinychat.layers import float_linear
+from tinychat.layers.float_linear import activated, as_one, product, products
 from tinychat.layers.parallel import ALONE, Group, column_linears
-from tinychat.layers.side_by_side import as_one, products
 
 WIDTH, OUT = 6, 4
 NAMES = ("q", "k", "v")
-PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+HAS_ONE_DNN = torch.backends.mkldnn.is_available()
+PRODUCTS = (
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.mkldnn._linear_pointwise.default,
+)
+
+
+@pytest.fixture(params=["torch", pytest.param("oneDNN", marks=pytest.mark.skipif(not HAS_ONE_DNN, reason="no oneDNN"))])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies, whatever this machine would choose."""
+    faster = frozenset({torch.float32, torch.bfloat16} if request.param == "oneDNN" else set())
+    monkeypatch.setattr(float_linear, "_faster", lambda: faster)
+    return request.param
 
 
 class Tensors:
@@ -44,12 +60,13 @@ class Tensors:
 
 
 class Count(TorchDispatchMode):
-    """How many matrix products there are."""
+    """How many matrix products there are, and how many of them oneDNN's."""
 
-    products = 0
+    products, of_one_dnn = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.products += func in PRODUCTS
+        self.of_one_dnn += func is PRODUCTS[-1]
         return func(*args, **(kwargs or {}))
 
 
@@ -70,7 +87,7 @@ def counted(linears: nn.ModuleList, x: Tensor | None = None) -> int:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linears_from_a_checkpoint_are_one_product(bias: bool) -> None:
+def test_linears_from_a_checkpoint_are_one_product(library: str, bias: bool) -> None:
     assert counted(made(bias)) == 1
 
 
@@ -134,7 +151,7 @@ def watched(linears: nn.ModuleList) -> nn.ModuleList:
     ids=["trained", "filled", "assigned", "cast", "not-cast", "copied", "replaced", "bias", "order", "class", "hook"],
 )
 def test_whatever_becomes_of_the_linears_the_numbers_are_theirs(
-    change: Callable[[nn.ModuleList], nn.ModuleList], expected: int
+    library: str, change: Callable[[nn.ModuleList], nn.ModuleList], expected: int
 ) -> None:
     assert counted(change(made())) == expected
 
@@ -170,6 +187,69 @@ def test_tensors_that_lie_otherwise_are_not_one() -> None:
     assert as_one([first, None]) is None
     assert as_one([whole.t()[:3], whole.t()[3:]]) is None
     assert as_one([torch.empty(0, 2), torch.empty(0, 2)]) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_a_product_is_the_linears_own(library: str, dtype: torch.dtype, bias: bool) -> None:
+    linear = nn.Linear(96, 48, bias=bias).to(dtype)
+    for shape in ((2, 17, 96), (1, 96), (0, 96)):
+        x = torch.randn(shape).to(dtype)
+        with Count() as count:
+            found = product(x, linear)
+        torch.testing.assert_close(found, linear(x))
+        assert count.of_one_dnn == (library == "oneDNN" and dtype != torch.float64 and x.numel() > 0)
+    part = torch.randn(3, 192).to(dtype)[:, ::2]
+    torch.testing.assert_close(product(part, linear), linear(part))
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu"])
+@torch.no_grad()
+def test_an_activation_within_the_product_is_the_same(library: str, name: str) -> None:
+    linear, act = nn.Linear(96, 48), ACT2FN[name]
+    x = torch.randn(5, 96) * 4
+    expected = act(linear(x))
+    ran: list[int] = []
+    real = act.forward
+    act.forward = lambda *args: ran.append(1) or real(*args)
+    torch.testing.assert_close(activated(x, linear, act, name), expected, atol=1e-5, rtol=1e-5)
+    assert len(ran) == (library == "torch" or name == "quick_gelu")
+
+
+@torch.no_grad()
+def test_what_watches_an_activation_sees_it(library: str) -> None:
+    seen: list[Tensor] = []
+    act = nn.GELU()
+    act.register_forward_hook(lambda _module, _args, out: seen.append(out))
+    found = activated(torch.randn(5, WIDTH), nn.Linear(WIDTH, OUT), act, "gelu")
+    assert seen[0] is found
+
+
+def test_autocast_decides_the_type(library: str) -> None:
+    x, linear = torch.randn(2, WIDTH), nn.Linear(WIDTH, OUT).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(x, linear).dtype == torch.bfloat16
+
+
+def test_inputs_of_another_type_are_refused_as_ever(library: str) -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        product(torch.randn(2, WIDTH).double(), nn.Linear(WIDTH, OUT))
+
+
+@pytest.mark.parametrize(("maker", "wide"), [("AuthenticAMD", True), ("GenuineIntel", False), (None, False)])
+def test_float32_goes_to_one_dnn_where_mkl_is_slow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, maker: str | None, wide: bool
+) -> None:
+    facts = tmp_path / "cpuinfo"
+    if maker is not None:
+        facts.write_text(f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(float_linear, "CPU_FACTS", facts)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert (torch.float32 in float_linear._faster.__wrapped__()) == wide
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert float_linear._faster.__wrapped__() == frozenset()
 
 
 def rows(group: Group) -> list[list[Tensor]]:
