@@ -49,17 +49,30 @@ def others(process: psutil.Process) -> list[psutil.Process]:
     return [one for one in process.children(recursive=True) if "tinychat.ranks.follow" in one.cmdline()]
 
 
-def test_a_killed_rank_ends_the_chat_and_gives_the_terminal_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "number", "said"),
+    [
+        (1, signal.SIGKILL, "error: rank 1 was ended by SIGKILL, perhaps for lack of memory"),
+        (0, signal.SIGTERM, "error: rank 0 was told to end"),
+    ],
+)
+def test_a_rank_that_ends_takes_the_chat_with_it_and_nothing_is_lost(
+    tmp_path: Path, victim: int, number: signal.Signals, said: str
+) -> None:
     terminal = chat(tmp_path)
     terminal.type(f"hello{ENTER}")
     terminal.see("Hello!")
     terminal.ready()
-    (other,) = others(psutil.Process(terminal.child.pid))
-    other.kill()
-    shown = terminal.see("echo")
-    assert "error: rank 1 was ended by SIGKILL, perhaps for lack of memory" in shown.replace("\n", " ")
-    assert "code 1\nechoes" in shown
+    ranks = psutil.Process(terminal.child.pid).children(recursive=True)
+    (first,) = [one for one in ranks if one.cmdline()[1:4] == ["-m", "tinychat", "chat"]]
+    (other,) = others(first)
+    (first, other)[victim].send_signal(number)
+    shown = terminal.see("echo").replace("\n", " ")
+    assert said in shown
+    assert "the conversation is saved: /load lost-20" in shown
+    assert "code 1 echoes" in shown
     assert terminal.ends_with() == 0
+    assert psutil.wait_procs([other], NOTICED)[1] == []
 
 
 def test_the_others_end_with_rank_0() -> None:

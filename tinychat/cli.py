@@ -85,6 +85,8 @@ def chat(flags: ChatFlags, model: ModelFlags, sampling: SamplingFlags) -> int:
     loaded = open_model(model, plain=flags.plain)
     draw = sampling.sampling(checkpoint_sampling(loaded.processor.generation))
     session = Session(loaded.engine, system=flags.system, sampling=draw, stopping=sampling.stopping(), store=Store())
+    if loaded.ending is not None:
+        loaded.ending.rescue = session.rescue
     title = model.model or EMBEDDED
     return run_chat(session, plain=flags.plain, images=images, title=f"tinychat with {title}", stats=flags.stats)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,15 +22,17 @@ if TYPE_CHECKING:
     from tinychat.core import Progress
     from tinychat.engine.engine import Engine
     from tinychat.load import Placement, Ready
+    from tinychat.terminal.ending import Ending
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to be asked."""
+    """A model ready to be asked. `ending`: what ends this process when another rank has ended."""
 
     model: Any
     processor: Any
     engine: Engine
+    ending: Ending | None = None
 
 
 def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: bool = False) -> Loaded:
@@ -44,14 +47,18 @@ def open_model(flags: ModelFlags, plain: bool = False, rows: int = 1, for_all: b
     from tinychat.engine.engine import Engine
 
     placement = _placement(flags, frozenset() if for_all else flags.asked)
+    ending = _ending_of_ranks(flags, placement, for_all)
     started = time.perf_counter()
     with progress(plain) as report:
-        ready, model = _load_shared(flags, placement, rows, for_all, report) or _load(flags, placement, rows, report)
+        if ending is None:
+            ready, model = _load(flags, placement, rows, report)
+        else:
+            ready, model = _load_shared(flags, placement, rows, ending, report)
     load_s = time.perf_counter() - started
     for line in ready.notes:
         note(line)
     options = {"context": ready.context, "chunk": flags.chunk, "rows": rows, "speculate": flags.speculate}
-    return Loaded(ready.model, ready.processor, Engine(model, ready.processor, load_s=load_s, **options))
+    return Loaded(ready.model, ready.processor, Engine(model, ready.processor, load_s=load_s, **options), ending)
 
 
 def _load(flags: ModelFlags, placement: Placement, rows: int, report: Callable[[Progress], None]) -> tuple[Ready, Any]:
@@ -68,25 +75,36 @@ def _load(flags: ModelFlags, placement: Placement, rows: int, report: Callable[[
     return ready, ready.model
 
 
-def _load_shared(
-    flags: ModelFlags, placement: Placement, rows: int, for_all: bool, report: Callable[[Progress], None]
-) -> tuple[Ready, Any] | None:
-    """With the other ranks of --tp or torchrun; None where there are none."""
+def _ending_of_ranks(flags: ModelFlags, placement: Placement, for_all: bool) -> Ending | None:
+    """How this process ends when another rank of --tp or torchrun does; None where there is no other one.
+
+    Raises UsageError for what several ranks cannot do.
+    """
     from tinychat.ranks.world import asked_ranks
+    from tinychat.terminal.ending import Ending
 
     if asked_ranks(flags.tp) == 1:
         return None
-    if for_all:
-        raise UsageError("several ranks share a model in chat, ask and bench only", "leave --tp out")
-    if flags.device_map is not None:
-        raise UsageError("both --tp and a --device-map are given", "give one of the two")
-    if placement.device is not None and str(placement.device) not in ("cpu", "cuda"):
-        raise UsageError(f"--device is {placement.device}, and every rank has its own", "give cpu or cuda")
+    own_device = placement.device is not None and str(placement.device) not in ("cpu", "cuda")
+    for wrong, message, remedy in (
+        (for_all, "several ranks share a model in chat, ask and bench only", "leave --tp out"),
+        (flags.device_map is not None, "both --tp and a --device-map are given", "give one of the two"),
+        (own_device, f"--device is {placement.device}, and every rank has its own", "give cpu or cuda"),
+    ):
+        if wrong:
+            raise UsageError(message, remedy)
+    return Ending()
+
+
+def _load_shared(
+    flags: ModelFlags, placement: Placement, rows: int, ending: Ending, report: Callable[[Progress], None]
+) -> tuple[Ready, Any]:
+    """With the other ranks, which end with this process."""
     from tinychat.ranks.begin import leader
     from tinychat.ranks.lead import Order
-    from tinychat.terminal.ending import Ending
 
-    leading = leader(flags.tp, Ending())
+    signal.signal(signal.SIGTERM, lambda *_: ending("rank 0 was told to end, as torchrun does when another rank ends"))
+    leading = leader(flags.tp, ending)
     atexit.register(leading.end)
     order = Order(flags.model, flags.revision, placement, flags.context, flags.chunk, rows, flags.template)
     ready = leading.load(order, report)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -136,6 +137,14 @@ class Session:
         if is_file(target):
             return write_conversation(Path(target).expanduser(), conversation)
         return self.store.save(str(target), conversation)
+
+    def rescue(self) -> str | None:
+        """Save under a name of the moment, which is given; None where nothing was said yet."""
+        if not self.turns:
+            return None
+        name = time.strftime("lost-%Y%m%d-%H%M%S")
+        self.save(name)
+        return name
 
     def load(self, source: str | Path) -> tuple[str, ...]:
         """Replace this conversation by a saved one; gives a sentence for each picture that vanished or changed.

@@ -29,9 +29,13 @@ class Launched:
         for rank, process in enumerate(self.processes, 1):
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
 
+    def expect_end(self) -> None:
+        """From now on a rank may end."""
+        self._ending.set()
+
     def end(self, at_once: bool = False) -> None:
         """Wait for all to end, for a moment; then they are made to."""
-        self._ending.set()
+        self.expect_end()
         for process in self.processes:
             if at_once:
                 process.kill()

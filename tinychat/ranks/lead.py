@@ -80,6 +80,8 @@ class Leader:
         if self._ended:
             return
         self._ended = True
+        if self._launched is not None:
+            self._launched.expect_end()
         if not self._broken:
             with suppress(RuntimeError):
                 speak(self.group, "end")

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from tinychat.errors import TinychatError
 from tinychat.terminal.clean import clean_line
 
 _RESET = "\x1b[?2004l\x1b[?25h\x1b[0m\r\n"  # no bracketed paste, a visible cursor, no colours
 
 
 class Ending:
-    """Made where the terminal is as the shell left it; called when the process has to end, whatever it is doing."""
+    """Made where the terminal is as the shell left it; called when the process has to end, whatever it is doing.
+
+    `rescue` saves what would be lost, and says under which name.
+    """
 
     def __init__(self) -> None:
+        self.rescue: Callable[[], str | None] | None = None
         self._before = _attributes()
 
     def __call__(self, sentence: str) -> None:
@@ -24,8 +30,17 @@ class Ending:
             termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._before)
         if sys.stdout.isatty():
             os.write(sys.stdout.fileno(), _RESET.encode())
-        os.write(sys.stderr.fileno(), f"error: {clean_line(sentence)}\n".encode())
+        for line in (f"error: {sentence}", self._rescued()):
+            if line:
+                os.write(sys.stderr.fileno(), f"{clean_line(line)}\n".encode())
         os._exit(1)
+
+    def _rescued(self) -> str:
+        try:
+            name = self.rescue() if self.rescue is not None else None
+        except TinychatError as error:
+            return f"the conversation could not be saved: {error}"
+        return f"the conversation is saved: /load {name}" if name else ""
 
 
 def _attributes() -> list[Any] | None:
