@@ -129,6 +129,7 @@ def test_the_table_has_a_row_for_each_number():
     assert rows[1:3] == [("prefill, tokens/s", "200.0", "200.0", "200.0"), ("decode, tokens/s", "2", "2", "2")]
     assert len(rows) == 1 + len(bench.METRICS)
     assert bench.headline(found).startswith("tiny, bfloat16 on cpu, ")
+    assert f", 4 ranks of {found['threads']} threads, " in bench.headline({**found, "ranks": 4})
     assert "; backend torch; keys and values bfloat16; " in bench.headline(found)
     assert bench.foot(found).startswith("peak memory: RAM ") and bench.foot(found).endswith("loaded in 2.5 s")
 

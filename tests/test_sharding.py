@@ -28,7 +28,7 @@ from tinychat_kernels.layout import AwqGemm, QuantSpec, to_logical
 
 SIZES = (2, 4)
 FLOATS = {"kv_cache_dtype": "float"}
-PACKED = {"rounded": {}, "exact": {"exact": True, "head": "float"}, "floats": {"dequantize": True}}
+PACKED: dict[str, dict[str, Any]] = {"rounded": {}, "exact": {"exact": True, "head": "float"}, "floats": {"dequantize": True}}
 
 
 class Rank:
@@ -97,6 +97,20 @@ def test_a_shared_llava_equals_transformers(ranks: RankPool, tmp_path: Path, siz
         wanted = theirs(input_ids=wide, pixel_values=pixels(1)).logits
     for one in ranks.run(size, read, tmp_path, prompt, pixels(1), FLOATS):
         assert_close(one[:, : wanted.shape[1]], wanted)
+
+
+def loaded(group: Group, folder: Path, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return load.load_model(folder, dtype="float32", device="cpu", group=group)(input_ids=tokens).logits
+
+
+def test_a_script_of_ones_own_may_share_a_model(ranks: RankPool, tmp_path: Path) -> None:
+    theirs, _ = text_pair("llama")
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids(1, 9)).logits
+    for found in ranks.run(2, loaded, tmp_path, ids(1, 9)):
+        assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -289,6 +289,7 @@ def _result(subject: Subject, work: Workload, rounds: Sequence[Finished]) -> Jso
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "device": str(subject.model.device),
         "threads": _threads(subject.model),
+        "ranks": _ranks(subject.model),
         "cpu": doctor.cpu()["name"],
         "backend": backend_of(subject.model),
         "obstacles": _obstacles(subject.model),
@@ -303,6 +304,11 @@ def _result(subject: Subject, work: Workload, rounds: Sequence[Finished]) -> Jso
         **{name: spread([getattr(end.timings, name) for end in rounds]) for name in METRICS},
         "peak_memory": {"ram_bytes": peak_ram(), "cuda_bytes": _peak_cuda(torch, subject.model.device)},
     }
+
+
+def _ranks(model: Any) -> int:
+    """Processes that share the model."""
+    return model.llm.share.group.size() if hasattr(model, "llm") else 1
 
 
 def spread(values: Sequence[float]) -> Json:
@@ -391,8 +397,9 @@ def headline(found: Json) -> str:
 
     if "startup" in found:
         return f"tinychat {found['versions']['tinychat']}, {found['rounds']} rounds, seconds"
+    shared = "" if found["ranks"] == 1 else f"{found['ranks']} ranks of "
     return clean_line(
-        f"{found['model']}, {found['dtype']} on {found['device']}, {found['threads']} threads, {found['cpu']}; "
+        f"{found['model']}, {found['dtype']} on {found['device']}, {shared}{found['threads']} threads, {found['cpu']}; "
         f"backend {found['backend']}; keys and values {found['kv_cache_dtype']}; "
         f"{found['prompt_tokens']} prompt tokens ({found['image_tokens']} of {found['images']} pictures), "
         f"{found['new_tokens']} new tokens, {found['rounds']} rounds"

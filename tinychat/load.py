@@ -71,15 +71,17 @@ def load_model(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     progress: Report | None = None,
+    group: Group = ALONE,
 ) -> VilaLlamaForCausalLM:
     """A model in eval mode, from a folder of any layout, a hub id, or (None) the embedded one.
 
     dtype None: what the checkpoint says; on a CPU, models whose float part is at most 1 GiB become float32. device
     None: CUDA where there is one. device_map ("auto", "balanced", "sequential" or module -> device) and max_memory are
-    accelerate's. Raises ModelError or FormatError with a sentence about the folder, the config or the weights.
+    accelerate's. `group`: a torch.distributed process group whose ranks share the model; each calls this, and then the
+    model, alike. Raises ModelError or FormatError with a sentence about the folder, the config or the weights.
     """
     placement = Placement(dtype, device, device_map, max_memory)
-    return assemble(open_source(resolve(model_id, revision)), placement, progress)
+    return assemble(open_source(resolve(model_id, revision), group), placement, progress)
 
 
 @dataclass(frozen=True, slots=True)
