@@ -12,7 +12,7 @@ BEGIN, END = "<!-- tree: written by scripts/check --fix -->", "<!-- end of tree 
 FOLDERS = ("tinychat", "awq", "kernels", "scripts", "tests")
 CLOSED = {  # shown as one line: what is below mirrors something else, or is data
     "tests": "mirror the source",
-    "tinychat/assets": "the embedded model and its sample pictures",
+    "tinychat/assets": "the embedded models and their sample pictures",
     "kernels/tinychat_kernels/csrc/cpu": "the CPU kernels in C++17: a plain C interface, instruction sets at run time",
     "kernels/tinychat_kernels/csrc/cuda": "the CUDA kernels: raw pointers, no torch header, PTX in device.cuh alone",
     "kernels/emu": "runs the CUDA kernels on a CPU, for tests; never shipped",

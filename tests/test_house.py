@@ -244,7 +244,8 @@ def test_setup_refuses_unknown_flags():
 
 
 def in_wheel(path: Path) -> bool:
-    data = any(path.is_relative_to(folder) for folder in ("tinychat/assets/demo", "kernels/tinychat_kernels/csrc"))
+    folders = ("tinychat/assets/demo", "tinychat/assets/search", "kernels/tinychat_kernels/csrc")
+    data = any(path.is_relative_to(folder) for folder in folders)
     shipped = path.suffix == ".py" or path.name == "py.typed" or data
     return shipped and any(path.is_relative_to(package) for package in PACKAGES)
 
