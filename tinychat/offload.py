@@ -87,7 +87,7 @@ def spare_file(folder: Path, size: int) -> IO[bytes]:
 class OnDisk:
     """The blocks of a model that lie on disk, read in the order in which they were wanted the last time.
 
-    A block's tensors are valid until the block after the next one is taken.
+    A block's tensors are valid until another one is taken.
     """
 
     def __init__(self, blocks: Mapping[str, Mapping[str, Piece]], file: IO[bytes] | None = None) -> None:
@@ -105,10 +105,10 @@ class OnDisk:
 
     def take(self, block: str) -> dict[str, Tensor]:
         """A block's tensors as they are stored; the next one is read meanwhile. Raises ModelError, FormatError."""
-        if self._coming is None or self._coming[0] != block:
-            self._coming = self._ask(block)
-        (_, coming), self._coming = self._coming, None
-        tensors = coming.result()
+        coming, self._coming = self._coming, None
+        if coming is None or coming[0] != block or coming[1].exception() is not None:
+            coming = self._ask(block)
+        tensors = coming[1].result()
         self._slot ^= 1
         if self._last is not None:
             self._after[self._last] = block
