@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench_clip
-from bench_clip import ALONE, INT8, OURS, THEIRS, Case
+from bench_clip import ALONE, INT8, OURS, THEIRS, Case, Turn
 from tinychat_kernels import cpu
 
 TINY = ["--models", "clip-tiny,siglip-tiny", "--rounds", "2"]
@@ -40,19 +40,32 @@ def test_processes_share_a_tower(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    seconds = {OURS: [1.0, 2.0, 4.0], THEIRS: [2.0, 2.0, 2.0]}
-    ours, theirs = bench_clip.rows_of(Case("clip-tiny", "fp32", 1, 1), seconds, {OURS: 0.0})
+    turns = {OURS: [Turn(1.0, 0), Turn(2.0, 0.3), Turn(4.0, 0)], THEIRS: [Turn(2.0, 0)] * 3}
+    ours, theirs = bench_clip.rows_of(Case("clip-tiny", "fp32", 1, 1), turns, {OURS: 0.0})
+    assert ours["others"] == 0.3
     assert (ours["times_as_fast"]["median"], ours["times_as_fast"]["min"], ours["seconds"]["median"]) == (1.0, 0.5, 2.0)
     assert (theirs["times_as_fast"]["median"], theirs["distance"]) == (1.0, None)
 
 
-def test_each_round_runs_every_column_once_and_the_first_is_not_kept() -> None:
+def test_each_round_runs_every_column_once_and_the_first_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_clip, "busy_times", lambda: (0.0, 0.0, 0.0))
     ran: list[str] = []
     columns = {name: (1, lambda name=name: ran.append(name)) for name in "abc"}
     found = bench_clip.in_rounds(columns, 3)
     assert sorted(ran) == sorted("abc" * 4)
     assert [len(found[name]) for name in "abc"] == [3, 3, 3]
     assert len({"".join(ran[i : i + 3]) for i in range(0, 12, 3)}) > 1
+
+
+def test_a_turn_that_others_disturb_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 9.0, 9.0, 9.0])  # others compute during the first turn alone
+    monkeypatch.setattr(bench_clip, "busy_times", lambda: (next(clock), 0.0, 0.0))
+    ran: list[int] = []
+    assert bench_clip.least_disturbed(lambda: ran.append(1)).others <= 0
+    assert len(ran) == 2
+    monkeypatch.setattr(bench_clip, "busy_times", lambda: (9.0 * len(ran), 0.0, 0.0))
+    assert bench_clip.least_disturbed(lambda: ran.append(1)).others > 1
+    assert len(ran) == 2 + bench_clip.TRIES
 
 
 def test_the_sizes_are_those_of_the_published_towers() -> None:
