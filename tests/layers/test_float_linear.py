@@ -128,6 +128,11 @@ def subclassed(linears: nn.ModuleList) -> nn.ModuleList:
     return linears
 
 
+def patched(linears: nn.ModuleList) -> nn.ModuleList:
+    linears[0].forward = lambda x: nn.Linear.forward(linears[0], x) + 1
+    return linears
+
+
 def watched(linears: nn.ModuleList) -> nn.ModuleList:
     linears[0].register_forward_hook(lambda *_: None)
     return linears
@@ -146,9 +151,23 @@ def watched(linears: nn.ModuleList) -> nn.ModuleList:
         (narrowed, 3),
         (swapped, 3),
         (subclassed, 3),
+        (patched, 3),
         (watched, 3),
     ],
-    ids=["trained", "filled", "assigned", "cast", "not-cast", "copied", "replaced", "bias", "order", "class", "hook"],
+    ids=[
+        "trained",
+        "filled",
+        "assigned",
+        "cast",
+        "not-cast",
+        "copied",
+        "replaced",
+        "bias",
+        "order",
+        "class",
+        "forward",
+        "hook",
+    ],
 )
 def test_whatever_becomes_of_the_linears_the_numbers_are_theirs(
     library: str, change: Callable[[nn.ModuleList], nn.ModuleList], expected: int

@@ -66,12 +66,16 @@ def as_one(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _are_free(x: Tensor, linears: Sequence[nn.Module]) -> bool:
     """Whether the linears are torch's own, nothing watches them and no gradient is wanted."""
-    if torch.compiler.is_compiling() or not all(type(m) is nn.Linear and not is_watched(m) for m in linears):
+    if torch.compiler.is_compiling() or not all(map(_is_plain, linears)):
         return False
     if x.is_meta or torch.is_autocast_enabled(x.device.type):
         return False
     wanted = x.requires_grad or any(p.requires_grad for module in linears for p in module.parameters())
     return not (wanted and torch.is_grad_enabled())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and "forward" not in vars(module) and not is_watched(module)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
