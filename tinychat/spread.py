@@ -211,10 +211,10 @@ def _infer(
     planned: Callable[[Mapping[str, str]], Mapping[str, Plan]],
 ) -> dict[str, str]:
     """accelerate's map, asked for again with less room until there is some for all that is no weights."""
-    allowed = dict(rooms)
+    allowed, reserved = dict(rooms), _largest(model, dtype)
     found: dict[str, str] = {}
     for _ in range(ROUNDS):
-        found = _ask(model, asked, allowed, dtype)
+        found = _ask(model, asked, {place: room + (reserved if room else 0) for place, room in allowed.items()}, dtype)
         before = dict(allowed)
         for place, plan in planned(found).items():
             if not plan.fits and place in allowed:
@@ -223,6 +223,15 @@ def _infer(
         if allowed == before:
             break
     return found
+
+
+def _largest(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of the largest part, which accelerate keeps free for parts that come; they are counted here as well."""
+    from accelerate.utils import compute_module_sizes
+
+    sizes = compute_module_sizes(model, dtype=cast("Any", dtype))
+    together = set(model._no_split_modules)
+    return max((sizes[name] for name, module in model.named_modules() if type(module).__name__ in together), default=0)
 
 
 def _held(model: nn.Module, device_map: Mapping[str, str], place: str, dtype: torch.dtype) -> int:
