@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ from tinychat.load import open_source
 from tinychat.models.shares import Share, cuts, misfit
 from tinychat.models.vila_fusion import IMAGE_TOKEN_INDEX
 from tinychat.placement import Placement
+from tinychat_kernels import registry
 from tinychat_kernels.layout import AwqGemm, QuantSpec, to_logical
 
 SIZES = (2, 4)
 FLOATS = {"kv_cache_dtype": "float"}
-PACKED: dict[str, dict[str, Any]] = {"rounded": {}, "exact": {"exact": True, "head": "float"}, "floats": {"dequantize": True}}
+PACKED: dict[str, dict[str, Any]] = {
+    "rounded": {},
+    "exact": {"exact": True, "head": "float"},
+    "floats": {"dequantize": True},
+}
 
 
 class Rank:
@@ -133,6 +139,30 @@ def test_shared_4_bit_models_equal_whole_ones(
         return
     exact = read(ALONE, folder, prompt, picture, PACKED["exact"])  # rounding to 8 bits costs no more than on one rank
     assert float((shared[-1] - exact).norm()) < 1.25 * float((one - exact).norm())
+
+
+def read_kept(group: Group, folder: Path, tokens: Tensor, cache: Path) -> tuple[Tensor, int]:
+    """The logits of a model whose packed weights are kept in a folder, and how many files are there then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYCHAT_CACHE", str(cache))
+        patch.setattr("tinychat.packing.KEPT_FROM", 0)
+        logits = read(group, folder, tokens, None, {})
+    return logits, len(list((cache / "packed").glob("*.bin")))
+
+
+@pytest.mark.skipif(registry.chosen().name != "cpu", reason="needs the CPU kernels")
+def test_each_rank_keeps_its_own_packed_weights(ranks: RankPool, tmp_path: Path) -> None:
+    cache, kernels = tmp_path / "cache", Path(os.environ["TINYCHAT_CACHE"], "kernels")
+    cache.mkdir()
+    (cache / "kernels").symlink_to(kernels.resolve())
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "heads": 4, "kv_heads": 2}
+    folder = make_tiny_model(tmp_path / "model", quantize=64, dtype="float16", layout="text", **sizes)
+    tokens = ids(1, 9)
+    wanted = ranks.run(2, read, folder, tokens, None, {})[0]
+    first, again = (ranks.run(2, read_kept, folder, tokens, cache) for _ in range(2))
+    for logits, _ in (*first, *again):
+        assert torch.equal(logits, wanted)
+    assert max(count for _, count in again) == 2
 
 
 @pytest.mark.parametrize("size", [2, 4])

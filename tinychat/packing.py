@@ -249,7 +249,8 @@ def _place(source: Source, packing: Packing) -> Place:
     folder = doctor.cache_folder() / "packed"
     files = {path for name in packing.skipped | packing.stored for path in source.index.files(name)}
     sizes = (f"{name} {size}" for name, size in packing.sizes.items())
-    facts = [build.source_digest(), repr(packing.spec), *sizes]
+    part = "" if source.share is None else f"rank {source.share.group.rank()} of {source.share.group.size()}"
+    facts = [build.source_digest(), repr(packing.spec), part, *sizes]
     return Place(folder, packed_cache.key_of(files, facts, folder))
 
 

@@ -78,6 +78,10 @@ def main() -> int:
     except TinychatError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except (RuntimeError, MemoryError) as error:
+        what = next(iter(str(error).splitlines()), "")
+        sys.stderr.write(f"error: rank {world.rank} failed: {type(error).__name__} {what}\n")
+        return LOST
 
 
 def _end_with_rank_0() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,11 @@ class Leader:
 
     def load(self, order: Order, progress: Callable[[Progress], None] | None = None) -> Ready:
         """Every rank loads its part; raises the first rank's error that has one."""
+        from tinychat import load
+
+        if self._launched is not None:  # on the same disk: what is to be downloaded is downloaded once
+            folder = load.resolve(order.model_id, order.revision)
+            order = replace(order, model_id=str(folder), revision=None)
         with self._together():
             speak(self.group, "load", order)
             ready, loading = load_part(order, self.world, self.group, progress)
