@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,26 @@ def test_other_weights_of_the_same_sizes_are_another_model(photos: Path, model: 
     weights["visual_projection.weight"][0, 0] += 1
     save_file(weights, copy / "model.safetensors")
     assert look(photos, copy).where != look(photos, model).where
+
+
+@pytest.mark.parametrize(("ahead", "begun"), [(False, [2, 4, 5]), (True, [4, 5, 5])])
+def test_readers_leave_a_cpu_to_the_model_and_go_ahead_of_a_gpu(ahead: bool, begun: list[int]):
+    """How many pictures have been begun as each part is handed on."""
+    started = list[Picture]()
+
+    def begin(one: Picture) -> Future[picture_index.Looked]:
+        started.append(one)
+        future = Future[picture_index.Looked]()
+        future.set_result((one, None))
+        return future
+
+    all_of_them = [Picture(name, 1, 1) for name in "abcde"]
+    parts, seen = list[list[str]](), list[int]()
+    for part in picture_index._looked([all_of_them[:2], all_of_them[2:4], all_of_them[4:]], begin, ahead):
+        parts.append([one.path for one, _ in part])
+        seen.append(len(started))
+    assert parts == [["a", "b"], ["c", "d"], ["e"]]
+    assert seen == begun
 
 
 # Work that is cut off

@@ -11,10 +11,10 @@ import json
 import os
 import stat
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".
 MOST = 300_000  # pictures: what the header of the file can name
 SAVE_PICTURES, SAVE_SECONDS = 256, 30.0  # after so many, or so long, the work is saved
 SAVE_SHARE = 20  # and never for more than one part in so many of the time
-READERS = 4  # threads that read and scale pictures ahead of the model
+READERS = 4  # threads that read and scale pictures
 CHUNK = 8192  # rows that are ranked at once
 
 Json = dict[str, Any]
@@ -55,6 +55,9 @@ class Picture:
     def same_file(self, other: Picture | None) -> bool:
         """Whether the other one is as large and as old: then its content is taken to be the same."""
         return other is not None and (self.size, self.mtime_ns) == (other.size, other.mtime_ns)
+
+
+Looked = tuple[Picture, Tensor | None]  # the pixels where they are to be embedded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +83,8 @@ class PictureIndex:
 
 class Encoder(Protocol):
     """What makes embeddings of pictures; `pixels` is called by several threads."""
+
+    device: torch.device
 
     def pixels(self, image: Image) -> Tensor:
         """[3, H, W]; raises MediaError."""
@@ -305,7 +310,7 @@ class Update:
     def _embed(self, encoder: Encoder, todo: Sequence[Picture], batch: int, report: Callable[[int, int], None]) -> None:
         folder, done = Path(self.old.folder), 0
 
-        def look(picture: Picture) -> tuple[Picture, Tensor | None]:
+        def look(picture: Picture) -> Looked:
             try:
                 image = load_image(Image(path=str(folder / picture.path)))
                 seen = replace(picture, sha256=image.digest)
@@ -315,16 +320,16 @@ class Update:
                 return replace(picture, fault=error.message.removeprefix(where).strip()), None
 
         report(0, len(todo))
+        parts = (todo[at : at + batch] for at in range(0, len(todo), batch))
         with ThreadPoolExecutor(READERS) as pool:
-            looked = _ahead(pool, look, todo, 2 * batch + READERS)
-            while part := list(islice(looked, batch)):
+            for part in _looked(parts, lambda picture: pool.submit(look, picture), encoder.device.type != "cpu"):
                 self._add(encoder, part)
                 done += len(part)
                 report(done, len(todo))
                 if self._due():
                     self._save()
 
-    def _add(self, encoder: Encoder, part: Sequence[tuple[Picture, Tensor | None]]) -> None:
+    def _add(self, encoder: Encoder, part: Sequence[Looked]) -> None:
         fresh = {picture.sha256: pixels for picture, pixels in part if pixels is not None}
         if fresh:
             embedded = encoder.embed(torch.stack(list(fresh.values()))).to("cpu", torch.float16)
@@ -364,15 +369,17 @@ class Update:
         )
 
 
-def _ahead(
-    pool: ThreadPoolExecutor,
-    look: Callable[[Picture], tuple[Picture, Tensor | None]],
-    todo: Iterable[Picture],
-    window: int,
-) -> Iterator[tuple[Picture, Tensor | None]]:
-    """What `look` makes of each, in order, with at most `window` of them begun."""
-    waiting = iter(todo)
-    begun = [pool.submit(look, picture) for picture in islice(waiting, window)]
-    while begun:
-        yield begun.pop(0).result()
-        begun += [pool.submit(look, picture) for picture in islice(waiting, 1)]
+def _looked(
+    parts: Iterable[Sequence[Picture]], begin: Callable[[Picture], Future[Looked]], ahead: bool
+) -> Iterator[list[Looked]]:
+    """Each part, once all of it was looked at. `ahead`: the next one has begun by then.
+
+    A model on the CPU wants it for itself: readers between its threads cost more than the waiting does.
+    """
+    begun = deque[list[Future[Looked]]]()
+    for part in parts:
+        begun.append([begin(picture) for picture in part])
+        if len(begun) > ahead:
+            yield [each.result() for each in begun.popleft()]
+    for left in begun:
+        yield [each.result() for each in left]
