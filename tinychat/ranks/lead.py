@@ -123,7 +123,9 @@ def load_part(
 
     try:
         placement = world.placed(order.placement, usable_cores())
-        if placement.threads is not None:
+        if placement.main_device.type == "cuda":
+            torch.cuda.set_device(placement.main_device)
+        elif placement.threads is not None:
             torch.set_num_threads(placement.threads)
         folder = load.resolve(order.model_id, order.revision)
         ready = load.load_folder(
