@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from make_tiny_model import make_tiny_model
+from tinychat import load
 from tinychat.checkpoint import Index, Weights
 from tinychat.errors import ModelError
 from tinychat.models.clip import CLIPVisionTransformer
+from tinychat.placement import Placement
 
 MAPS = Path("/proc/self/smaps")
 ROWS, COLUMNS = 8192, 1024
@@ -141,3 +144,25 @@ def test_parts_of_different_dtypes_and_shapes(tmp_path: Path) -> None:
     assert weights.get_multi_sharded("qk", 0).dtype == torch.float32
     with pytest.raises(ModelError, match=re.escape("q [4, 2], v [4, 3] do not join along dim 0")):
         weights.get_multi_sharded("qv", 0)
+
+
+@pytest.mark.parametrize("quantize", [None, 32])
+def test_a_rank_of_a_shared_decoder_holds_its_share_alone(tmp_path: Path, quantize: int | None) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 1024,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "heads": 4,
+        "kv_heads": 4,
+    }
+    folder = make_tiny_model(tmp_path, "text", quantize=quantize, dtype="float16", **sizes)
+    placement = Placement(device="cpu", dtype="float16", head="float")
+    with pytest.MonkeyPatch.context() as patch, copies_of(folder / "model.safetensors") as copies:
+        patch.setenv("TINYCHAT_BACKEND", "ref")  # weights stay as they were read
+        model = load.assemble(load.open_source(folder, Rank(1, 4)), placement)
+    held = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    whole = load.open_source(folder).index
+    norms = sum(size for name, size in held.items() if "norm" in name)
+    assert sum(held.values()) - norms == (whole.total_bytes - norms) // 4
+    assert max(copies.sizes.values()) == max(held.values())
+    assert sum(copies.sizes.values()) <= 1.1 * sum(held.values())
