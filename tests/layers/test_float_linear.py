@@ -282,3 +282,8 @@ def test_each_rank_has_its_rows_of_each_linear(ranks: RankPool) -> None:
         for name, (weight, bias) in zip(NAMES, found, strict=True):
             assert torch.equal(weight, tensors[f"attn.{name}.weight"].chunk(2)[rank])
             assert torch.equal(bias, tensors[f"attn.{name}.bias"].chunk(2)[rank])
+
+
+def test_a_torch_without_the_operators_multiplies_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_linear, "OPERATORS", ("_linear_pointwise", "not there"))
+    assert float_linear._faster.__wrapped__() == frozenset()

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from tinychat.layers.one_call import is_watched
 
 CPU_FACTS = Path("/proc/cpuinfo")
+OPERATORS = ("_linear_pointwise", "_is_mkldnn_bf16_supported")
 ONE_DNN: Mapping[str, tuple[str, str]] = {  # activation -> what oneDNN calls it
     "gelu": ("gelu", "none"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
@@ -94,7 +95,12 @@ def _by_one_dnn(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _faster() -> frozenset[torch.dtype]:
-    """MKL, which torch takes for float32, runs the code of older processors on those that Intel has not made."""
+    """MKL, which torch takes for float32, runs the code of older processors on those that Intel has not made.
+
+    None where torch has not the operators, which are its own affair.
+    """
+    if not all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS):
+        return frozenset()
     if not (torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"):
         return frozenset()
     foreign = CPU_FACTS.exists() and "AuthenticAMD" in CPU_FACTS.read_text("utf-8", "replace")
