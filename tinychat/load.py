@@ -78,7 +78,8 @@ def load_model(
     dtype None: what the checkpoint says; on a CPU, models whose float part is at most 1 GiB become float32. device
     None: CUDA where there is one. device_map ("auto", "balanced", "sequential" or module -> device) and max_memory are
     accelerate's. `group`: a torch.distributed process group whose ranks share the model; each calls this, and then the
-    model, alike. Raises ModelError or FormatError with a sentence about the folder, the config or the weights.
+    model, alike. tinychat.layers.local_ranks.LocalRanks.of(group) may be given for it, which is faster where all run on
+    one machine's CPU. Raises ModelError or FormatError with a sentence about the folder, the config or the weights.
     """
     placement = Placement(dtype, device, device_map, max_memory)
     return assemble(open_source(resolve(model_id, revision), group), placement, progress)

@@ -172,6 +172,7 @@ int main(int count, char** arguments) {
     good &= check_failures();
     good &= check_towers();
     good &= check_decoders();
+    good &= check_ranks();
     if (count > 1 && std::strcmp(arguments[1], "fork") == 0) good &= check_fork(random);
     for (const char* isa : kIsas)
         if (tc_isa_supported(isa) != 0) std::fprintf(stderr, "ran: %s\n", isa);

@@ -49,3 +49,6 @@ bool check_towers();
 
 // The same of decoders, which also fail where a row's bits depend on its company or on chunks.
 bool check_decoders();
+
+// Sums and joins over ranks; false where two ranks have other bits.
+bool check_ranks();

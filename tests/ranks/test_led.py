@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tinychat.ranks.lead import Leader, Loading, Order, RanksLost, check_loading
 from tinychat.ranks.led import CacheRows, FollowedModel, LedModel
 from tinychat.ranks.world import World
 from tinychat.session import Session
+from tinychat_kernels import cpu
 
 SAMPLES = sorted(Path(load.EMBEDDED).parent.glob("samples/*.png"))
 SETTINGS = {
@@ -84,6 +86,25 @@ def test_answers_are_those_of_one_rank(ranks: RankPool, size: int, bits: str) ->
     first, *others = ranks.run(size, play, SETTINGS[bits])
     assert first == alone
     assert others == [0] * (size - 1)
+
+
+def maps_while_loaded(group: Group) -> Any:
+    """Whether rank 0 shares memory with others while it has a model."""
+    world = World(group.rank(), group.size(), group.rank(), group.size(), "", 0)
+    if group.rank() > 0:
+        return serve(world, group)
+    leader = Leader(world, group)
+    ready = leader.load(order({}))
+    shares = "/dev/shm/tinychat-" in Path("/proc/self/maps").read_text()
+    del ready
+    gc.collect()
+    leader.end()
+    return shares, "/dev/shm/tinychat-" in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not cpu.available()[0], reason="no kernels")
+def test_ranks_on_one_machine_share_memory_as_long_as_the_model_lives(ranks: RankPool) -> None:
+    assert ranks.run(2, maps_while_loaded) == [(True, False), 0]
 
 
 def fail_to_load(group: Group, folder: str) -> Any:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from tinychat.errors import ModelError
+from tinychat.layers.local_ranks import LocalRanks
 
 
 class Group(Protocol):
-    """The ranks that share a layer; torch.distributed's ProcessGroup is one."""
+    """The ranks that share a layer: torch.distributed's ProcessGroup, or LocalRanks."""
 
     def rank(self) -> int: ...
     def size(self) -> int: ...
@@ -140,9 +141,12 @@ def total(x: Tensor, group: Group) -> Tensor:
     """The sum of every rank's x, on every rank. Over several ranks it carries no gradient, and x is overwritten."""
     if group.size() == 1:
         return x
+    x = x.detach().contiguous()
+    if isinstance(group, LocalRanks) and group.takes(x):
+        group.sum(x)
+        return x
     import torch.distributed as dist
 
-    x = x.detach().contiguous()
     dist.all_reduce(x, group=_process_group(group))
     return x
 
@@ -151,6 +155,8 @@ def joined(x: Tensor, sizes: list[int], group: Group) -> Tensor:
     """Every rank's `[..., n]`, n its own of `sizes`, side by side `[..., N]` on every rank, without a gradient."""
     if group.size() == 1:
         return x
+    if isinstance(group, LocalRanks) and group.takes(x):
+        return group.gather(x.detach().contiguous(), sizes)
     import torch.distributed as dist
 
     widest = max(sizes)
@@ -161,7 +167,7 @@ def joined(x: Tensor, sizes: list[int], group: Group) -> Tensor:
 
 
 def _process_group(group: Group) -> Any:
-    return group
+    return group.process_group if isinstance(group, LocalRanks) else group
 
 
 def _linear(inputs: int, outputs: int, weights: Source, bias: bool) -> nn.Linear:

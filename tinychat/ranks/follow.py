@@ -12,9 +12,10 @@ import threading
 from typing import Any
 
 from tinychat.errors import TinychatError
+from tinychat.layers.local_ranks import gathered
 from tinychat.ranks.lead import Order, check_loading, load_part
 from tinychat.ranks.led import FollowedModel
-from tinychat.ranks.words import gathered, leave, listen
+from tinychat.ranks.words import leave, listen
 from tinychat.ranks.world import OVER, PATIENCE, WORD, World, meet, open_store, world_of
 
 LOST = 1

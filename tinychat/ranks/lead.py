@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from tinychat.core import Progress
 from tinychat.errors import ModelError, TinychatError
+from tinychat.layers.local_ranks import LocalRanks, gathered
 from tinychat.ranks.led import LedModel
-from tinychat.ranks.words import gathered, leave, speak
+from tinychat.ranks.words import leave, speak
 from tinychat.ranks.world import World
-from tinychat_kernels.cpu import usable_cores
+from tinychat_kernels import build
+from tinychat_kernels.cpu import cache_folder, usable_cores
 
 if TYPE_CHECKING:
     from tinychat.load import Ready
@@ -116,11 +118,15 @@ class Leader:
 def load_part(
     order: Order, world: World, group: Any, progress: Callable[[Progress], None] | None = None
 ) -> tuple[Ready | None, Loading]:
-    """Load this rank's part, or say why not."""
+    """Load this rank's part, or say why not. On one machine's CPU the parts' sums go through memory."""
     import torch
 
     from tinychat import load
 
+    on_cpu = _is_for_cpu(order.placement)
+    if progress is not None and on_cpu and build.waits_for_compiler(cache_folder()):
+        progress(Progress("", "compile", 0, 1))
+    members = LocalRanks.of(group, wanted=on_cpu)  # by all alike, before anything can fail
     try:
         placement = world.placed(order.placement, usable_cores())
         if placement.main_device.type == "cuda":
@@ -130,11 +136,18 @@ def load_part(
         folder = load.resolve(order.model_id, order.revision)
         ready = load.load_folder(
             folder, placement, context=order.context, chunk=order.chunk, rows=order.rows, template=order.template,
-            progress=progress, group=group,
+            progress=progress, group=members,
         )  # fmt: skip
     except TinychatError as error:
         return None, Loading((error.message, error.remedy, error.exit_code))
     return ready, Loading(None, fingerprint(folder))
+
+
+def _is_for_cpu(placement: Placement) -> bool:
+    try:
+        return placement.main_device.type == "cpu"
+    except TinychatError:  # said where the model is loaded
+        return False
 
 
 def fingerprint(folder: Path) -> str:

@@ -28,15 +28,6 @@ def listen(group: Any) -> Word:
     return heard[0]
 
 
-def gathered(group: Any, value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    import torch.distributed as dist
-
-    found: list[Any] = [None] * group.size()
-    dist.all_gather_object(found, value, group=group)
-    return found
-
-
 def leave() -> None:
     """Out of the group, whose threads must not outlive it."""
     import torch.distributed as dist

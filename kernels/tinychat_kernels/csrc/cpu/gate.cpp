@@ -15,14 +15,6 @@ namespace {
 
 constexpr int kLooksBetweenClocks = 64;
 
-inline void pause_cpu() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb" ::: "memory");
-#endif
-}
-
 #if defined(__linux__)
 
 void sleep_on(std::atomic<uint32_t>& word, uint32_t old) {

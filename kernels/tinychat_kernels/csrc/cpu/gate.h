@@ -7,6 +7,15 @@
 
 namespace tinychat {
 
+// Between two looks at a word: the other thread of the core gets its turn.
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb" ::: "memory");
+#endif
+}
+
 class Gate {
   public:
     uint32_t value() const { return word_.load(std::memory_order_acquire); }
