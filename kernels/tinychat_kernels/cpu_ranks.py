@@ -21,6 +21,7 @@ from tinychat_kernels.errors import KernelError
 CONTROL = 128  # bytes of a rank's control block, as ranks.h has it
 MARK = slice(64, 80)  # of a control block: nothing that a call needs
 PIECE = 256 << 10  # bytes of a buffer
+SPIN, CROWDED_SPIN = 50_000, 2_000  # nanoseconds until one that waits sleeps; where ranks outnumber the cores
 PATIENCE = 100_000_000  # nanoseconds until a call looks around
 DONE, NOT_YET = 0, 1
 
@@ -32,9 +33,8 @@ class _Ranks(ctypes.Structure):
 
     _fields_ = (
         ("memory", _POINTER),
-        *((name, _INT64) for name in ("rank", "size", "piece")),
-        ("turn", ctypes.c_uint64),
-        ("done", _INT64),
+        *((name, _INT64) for name in ("rank", "size", "piece", "spin", "done")),
+        ("turn", ctypes.c_uint32),
         ("waiting", _INT32),
     )
 
@@ -76,7 +76,8 @@ class Exchange:
         if len(memory) < memory_size(size, piece) or not 0 <= rank < size or piece % 64:
             raise KernelError(f"{len(memory)} bytes came for rank {rank} of {size} with pieces of {piece}")
         self._memory = (ctypes.c_char * len(memory)).from_buffer(memory)
-        self._ranks = _Ranks(ctypes.addressof(self._memory), rank, size, piece)
+        spin = SPIN if size <= cpu.usable_cores() else CROWDED_SPIN
+        self._ranks = _Ranks(ctypes.addressof(self._memory), rank, size, piece, spin)
         self._who_is_gone = who_is_gone
         self._broken = False
 

@@ -9,13 +9,13 @@
 
 namespace {
 
-constexpr int64_t kMostRanks = 4, kPiece = 256, kSoon = 20000;
+constexpr int64_t kMostRanks = 4, kPiece = 256, kSpin = 2000, kSoon = 20000;
 constexpr int64_t kCounts[] = {1, 64, 63, 500, 1, 129, 65, 3};
 constexpr int64_t kWidths[kMostRanks] = {3, 12, 260, 1};
 
 // What one rank computes; its calls come back early and are made again.
 std::vector<float> compute(void* memory, int64_t rank, int64_t size) {
-    tc_ranks ranks = {memory, rank, size, kPiece, 0, 0, 0};
+    tc_ranks ranks = {memory, rank, size, kPiece, kSpin, 0, 0, 0};
     Random random = {521288629u + static_cast<uint64_t>(rank)};
     std::vector<float> results;
     for (int round = 0; round < 20; ++round) {
@@ -54,7 +54,7 @@ bool check(int64_t size) {
 // One that brings another number is told apart.
 bool check_out_of_step() {
     Aligned memory(tc_ranks_memory(2, kPiece));
-    tc_ranks one = {memory.data, 0, 2, kPiece, 0, 0, 0}, other = {memory.data, 1, 2, kPiece, 0, 0, 0};
+    tc_ranks one = {memory.data, 0, 2, kPiece, kSpin, 0, 0, 0}, other = {memory.data, 1, 2, kPiece, kSpin, 0, 0, 0};
     float x[2] = {1, 2};
     const bool waits = tc_ranks_sum(&one, x, 2, TC_F32, kSoon) == TC_RANKS_NOT_YET;
     const bool differs = tc_ranks_sum(&other, x, 1, TC_F32, kSoon) == TC_RANKS_OUT_OF_STEP;

@@ -4,10 +4,12 @@
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #else
 #include <condition_variable>
 #include <mutex>
+#include <thread>
 #endif
 
 namespace tinychat {
@@ -51,6 +53,30 @@ void wake_all(std::atomic<uint32_t>&) {
 #endif
 
 }  // namespace
+
+#if defined(__linux__)
+
+void sleep_among_processes(std::atomic<uint32_t>& word, uint32_t old, std::chrono::nanoseconds limit) {
+    constexpr int64_t kSecond = 1000000000;
+    timespec time = {};
+    time.tv_sec = static_cast<time_t>(limit.count() / kSecond);
+    time.tv_nsec = static_cast<long>(limit.count() % kSecond);
+    syscall(SYS_futex, &word, FUTEX_WAIT, old, &time, nullptr, 0);
+}
+
+void wake_processes(std::atomic<uint32_t>& word) {
+    syscall(SYS_futex, &word, FUTEX_WAKE, 0x7fffffff, nullptr, nullptr, 0);
+}
+
+#else
+
+void sleep_among_processes(std::atomic<uint32_t>&, uint32_t, std::chrono::nanoseconds) {
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+}
+
+void wake_processes(std::atomic<uint32_t>&) {}
+
+#endif
 
 bool Gate::spin_while(uint32_t old, std::chrono::nanoseconds limit) const {
     const auto end = std::chrono::steady_clock::now() + limit;

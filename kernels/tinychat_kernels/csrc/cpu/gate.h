@@ -16,6 +16,10 @@ inline void pause_cpu() {
 #endif
 }
 
+// Of a word in memory that processes share: sleep while it is `old`, for so long at most (or for less); wake who sleeps.
+void sleep_among_processes(std::atomic<uint32_t>& word, uint32_t old, std::chrono::nanoseconds limit);
+void wake_processes(std::atomic<uint32_t>& word);
+
 class Gate {
   public:
     uint32_t value() const { return word_.load(std::memory_order_acquire); }

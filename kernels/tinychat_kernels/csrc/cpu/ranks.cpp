@@ -4,13 +4,15 @@
 // Turns take the two buffers by turns, and one wait a turn is enough. A rank writes for turn t where it wrote for t - 2.
 // It has seen all others publish t - 1 before; each of them had read all that it needed of t - 2 by then, and the
 // release of its counter, met by an acquire here, puts those reads before this write. Nobody is ever two turns ahead.
+//
+// Who waits for long sleeps on the other's counter (a futex) and does not yield: that would give a whole slice of time
+// to whatever else runs on the core.
 #include "ranks.h"
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <thread>
 
 #include "blocks.h"
 #include "float_mode.h"
@@ -22,20 +24,17 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long the others are looked for without a break, and until this thread sleeps: ranks may outnumber the cores.
-constexpr auto kSpinning = std::chrono::microseconds(5);
-constexpr auto kYielding = std::chrono::microseconds(500);
-constexpr auto kSleep = std::chrono::microseconds(50);
 constexpr int kLooksBetweenClocks = 32;
 constexpr int64_t kChunk = 1024;  // numbers that are added up in the first cache
 
 struct Control {
-    std::atomic<uint64_t> turn;
+    std::atomic<uint32_t> turn;
+    std::atomic<uint32_t> sleepers;
     int64_t lengths[2];  // bytes of the rank's whole tensor, by turns as the buffers
     char free[TC_RANK_CONTROL - 24];
 };
 static_assert(sizeof(Control) == TC_RANK_CONTROL, "as ranks.h says");
-static_assert(std::atomic<uint64_t>::is_always_lock_free, "processes share it");
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "processes share it");
 
 Control& control(const tc_ranks& ranks, int64_t rank) { return static_cast<Control*>(ranks.memory)[rank]; }
 
@@ -50,23 +49,26 @@ void publish(tc_ranks& ranks, const uint8_t* own, int64_t length) {
     if (bytes > 0) std::memcpy(buffer(ranks, ranks.rank), own + ranks.done, static_cast<size_t>(bytes));
     Control& mine = control(ranks, ranks.rank);
     mine.lengths[ranks.turn % 2] = length;
-    mine.turn.store(ranks.turn, std::memory_order_release);
+    mine.turn.store(ranks.turn);  // before sleepers are counted; one that sleeps counts itself and then looks again
+    if (mine.sleepers.load() != 0) wake_processes(mine.turn);
 }
 
-bool wait_for(const std::atomic<uint64_t>& other, uint64_t turn, Clock::time_point end) {
+bool has_come(const Control& other, uint32_t turn) { return static_cast<int32_t>(other.turn.load() - turn) >= 0; }
+
+bool wait_for(Control& other, const tc_ranks& ranks, Clock::time_point end) {
     const auto start = Clock::now();
     for (;;) {
         for (int i = 0; i < kLooksBetweenClocks; ++i) {
-            if (other.load(std::memory_order_acquire) >= turn) return true;
+            if (has_come(other, ranks.turn)) return true;
             pause_cpu();
         }
         const auto now = Clock::now();
         if (now >= end) return false;
-        if (now - start > kYielding) {
-            std::this_thread::sleep_for(kSleep);
-        } else if (now - start > kSpinning) {
-            std::this_thread::yield();
-        }
+        if (now - start < std::chrono::nanoseconds(ranks.spin)) continue;
+        other.sleepers.fetch_add(1);
+        const uint32_t seen = other.turn.load();
+        if (static_cast<int32_t>(seen - ranks.turn) < 0) sleep_among_processes(other.turn, seen, end - now);
+        other.sleepers.fetch_sub(1);
     }
 }
 
@@ -80,7 +82,7 @@ int exchange(tc_ranks& ranks, const void* own, LengthOf length_of, int64_t nanos
         if (ranks.waiting == 0) publish(ranks, static_cast<const uint8_t*>(own), length_of(ranks.rank));
         ranks.waiting = 1;
         for (int64_t rank = 0; rank < ranks.size; ++rank) {
-            if (!wait_for(control(ranks, rank).turn, ranks.turn, end)) return TC_RANKS_NOT_YET;
+            if (!wait_for(control(ranks, rank), ranks, end)) return TC_RANKS_NOT_YET;
             if (control(ranks, rank).lengths[ranks.turn % 2] != length_of(rank)) return TC_RANKS_OUT_OF_STEP;
         }
         take(ranks.done, std::min(longest, ranks.done + ranks.piece));

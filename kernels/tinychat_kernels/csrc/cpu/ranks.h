@@ -20,8 +20,9 @@ typedef struct tc_ranks {
     int64_t rank;
     int64_t size;
     int64_t piece;    // bytes of a buffer, a multiple of 64
-    uint64_t turn;    // the last one that this rank has published
+    int64_t spin;     // nanoseconds in which another is looked for before this thread sleeps
     int64_t done;     // bytes of each rank's tensor that the present call is through with
+    uint32_t turn;    // the last one that this rank has published
     int32_t waiting;  // whether the others' pieces of this turn are still waited for
 } tc_ranks;
 
