@@ -225,8 +225,11 @@ def test_a_rank_that_is_killed_in_the_midst_ends_the_other(tmp_path: Path) -> No
         )
         for rank in range(2)
     )  # fmt: skip
-    said = first.communicate(timeout=60)[1]
+    try:
+        said = first.communicate(timeout=60)[1]
+    finally:
+        first.kill()
+        second.communicate(timeout=60)  # a zombie until now
     assert first.returncode == 1
     assert said.rstrip().endswith("RuntimeError: the connection to rank 1 is gone: its process has ended")
-    second.communicate(timeout=60)  # it was a zombie until now
     assert second.returncode == -signal.SIGKILL
