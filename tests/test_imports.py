@@ -42,8 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {  # the longest matching prefix owns a module
     "tinychat.store": {"tinychat.core", "tinychat.errors"},
     "tinychat.flags": {"tinychat.core", "tinychat.errors"},
     "tinychat.search_flags": {"tinychat.flags", "tinychat.errors"},
+    "tinychat.picture_files": {"tinychat.errors"},
     "tinychat.picture_index": {
-        "tinychat.inputs.images", "tinychat.packed_cache", "tinychat.core", "tinychat.errors",
+        "tinychat.inputs.images", "tinychat.packed_cache", "tinychat.picture_files", "tinychat.core", "tinychat.errors",
     },
     "tinychat.telemetry": {"tinychat.core", "tinychat.errors"},
     "tinychat.session": {"tinychat.engine", "tinychat.inputs", "tinychat.store", "tinychat.core", "tinychat.errors"},

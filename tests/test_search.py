@@ -30,10 +30,11 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 from make_tiny_model import make_tiny_model
-from tinychat import cli, picture_encoder, picture_index, search
+from tinychat import cli, picture_encoder, picture_files, picture_index, search
 from tinychat.errors import FormatError, MediaError, ModelError, TinychatError, UsageError
 from tinychat.picture_encoder import PictureEncoder, dtype_of, open_source
-from tinychat.picture_index import IndexFile, Picture, PictureIndex, pictures_in
+from tinychat.picture_files import Picture, pictures_in
+from tinychat.picture_index import IndexFile, PictureIndex
 from tinychat.search_flags import SearchFlags
 from tinychat.terminal.found import draw_found
 
@@ -561,6 +562,12 @@ def test_hidden_files_and_links_to_folders_are_left_out(tmp_path: Path):
     assert [each.path for each in pictures_in(folder, False)] == ["000.png", "link.png"]
 
 
+def test_a_link_to_itself_is_a_broken_link(photos: Path, model: Path):
+    (photos / "loop.png").symlink_to("loop.png")
+    found = look(photos, model)
+    assert (found.changes, found.notes) == (picture_index.Changes(6, 6, 0, 1), ("loop.png is a broken link",))
+
+
 def test_a_folder_that_cannot_be_opened_is_named(photos: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
     (photos / "locked").mkdir()
     scandir = os.scandir
@@ -598,7 +605,7 @@ def test_names_of_all_kinds(tmp_path: Path, model: Path):
 
 
 def test_too_many_pictures(photos: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(picture_index, "MOST", 5)
+    monkeypatch.setattr(picture_files, "MOST", 5)
     with pytest.raises(TinychatError, match="has more than 5 pictures; search the folders in it one by one"):
         look(photos, model)
 

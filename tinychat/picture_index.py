@@ -8,8 +8,6 @@ that is killed, and two at once, leave a complete one.
 from __future__ import annotations
 
 import json
-import os
-import stat
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,36 +23,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinychat.core import Image
-from tinychat.errors import CapacityError, FormatError, MediaError, UsageError
+from tinychat.errors import FormatError, MediaError, UsageError
 from tinychat.inputs.images import load_image
 from tinychat.packed_cache import beside, sweep
+from tinychat.picture_files import Picture
 
 SCHEMA = "tinychat.pictures/1"
 KEY = "tinychat"  # of the metadata
 ROWS = "embeddings"
-SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MOST = 300_000  # pictures: what the header of the file can name
 SAVE_PICTURES, SAVE_SECONDS = 256, 30.0  # after so many, or so long, the work is saved
 SAVE_SHARE = 20  # and never for more than one part in so many of the time
 READERS = 4  # threads that read and scale pictures
 CHUNK = 8192  # rows that are ranked at once
 
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A file by its path below the folder, its state when it was read, and why it could not be, where it could not."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    sha256: str = ""
-    fault: str = ""
-
-    def same_file(self, other: Picture | None) -> bool:
-        """Whether the other one is as large and as old: then its content is taken to be the same."""
-        return other is not None and (self.size, self.mtime_ns) == (other.size, other.mtime_ns)
 
 
 Looked = tuple[Picture, Tensor | None]  # the pixels where they are to be embedded
@@ -201,48 +183,6 @@ class IndexFile:
         except OSError:
             return ()
         return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-# The folder
-
-
-def pictures_in(folder: Path, recursive: bool) -> Iterator[Picture]:
-    """Files that are named like pictures, below a folder, in order; hidden ones and links to folders are left out.
-
-    What cannot be looked at has a fault. Raises CapacityError where they are more than an index holds.
-    """
-    for count, picture in enumerate(_walk(folder, "", recursive)):
-        if count >= MOST:
-            message = f"{folder} has more than {MOST:,} pictures"
-            raise CapacityError(message, "search the folders in it one by one")
-        yield picture
-
-
-def _walk(folder: Path, below: str, recursive: bool) -> Iterator[Picture]:
-    try:
-        with os.scandir(folder / below) as listed:
-            entries = sorted((entry for entry in listed if not entry.name.startswith(".")), key=lambda e: e.name)
-    except OSError as error:
-        yield Picture(below, 0, 0, fault=f"cannot be opened: {error.strerror}")
-        return
-    for entry in entries:
-        path = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir():
-            if recursive and not entry.is_symlink():
-                yield from _walk(folder, path, recursive)
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield _seen(entry, path)
-
-
-def _seen(entry: os.DirEntry[str], path: str) -> Picture:
-    try:
-        status = entry.stat()
-    except OSError as error:
-        broken = entry.is_symlink() and not Path(entry.path).exists()
-        return Picture(path, 0, 0, fault="is a broken link" if broken else f"cannot be read: {error.strerror}")
-    if not stat.S_ISREG(status.st_mode):
-        return Picture(path, 0, 0, fault="is not a regular file")
-    return Picture(path, status.st_size, status.st_mtime_ns)
 
 
 # Bringing the index up to date

@@ -20,7 +20,8 @@ from tinychat.core import Image, Progress
 from tinychat.errors import FormatError, MediaError, UsageError
 from tinychat.inputs.images import load_image
 from tinychat.picture_encoder import PictureEncoder, Source, dtype_of, open_source
-from tinychat.picture_index import Changes, IndexFile, Picture, PictureIndex, Update, is_index, pictures_in
+from tinychat.picture_files import Picture, pictures_in
+from tinychat.picture_index import Changes, IndexFile, PictureIndex, Update, is_index
 from tinychat.placement import default_device
 from tinychat.search_flags import SearchFlags
 
