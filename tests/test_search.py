@@ -531,6 +531,27 @@ def test_what_cannot_be_read_is_named_and_left_out(photos: Path, model: Path, co
     assert look(photos, model).changes == picture_index.Changes(7, 1, 0, 3)
 
 
+def test_what_could_not_be_read_once_is_read_again(
+    photos: Path, model: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
+):
+    open_file = Path.open
+
+    def refused(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == "003.png":
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        for _ in range(2):
+            found = look(photos, model)
+            assert (found.changes.total, found.changes.unreadable) == (5, 1)
+            assert found.notes[0].startswith("003.png cannot be read ([Errno 13]")
+    again = look(photos, model)
+    assert (again.changes, again.notes) == (picture_index.Changes(6, 1, 0, 0), ())
+    assert counts.read.count("003.png") == 3
+
+
 def test_many_that_cannot_be_read_are_counted(photos: Path, model: Path):
     for number in range(14):
         (photos / f"bad{number:02}.png").write_text("no")
@@ -608,6 +629,23 @@ def test_too_many_pictures(photos: Path, model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(picture_files, "MOST", 5)
     with pytest.raises(TinychatError, match="has more than 5 pictures; search the folders in it one by one"):
         look(photos, model)
+
+
+def test_a_picture_of_another_size_has_changed_though_it_is_as_old(photos: Path, model: Path, counts: Counts):
+    look(photos, model)
+    before = (photos / "000.png").stat()
+    picture(70, (60, 50)).save(photos / "000.png")
+    assert (photos / "000.png").stat().st_size != before.st_size
+    os.utime(photos / "000.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert look(photos, model).changes.new == 1
+    assert counts.embedded == 7
+
+
+def test_pictures_that_are_as_alike_keep_their_order():
+    """By their paths, through many: a sort that is not stable leaves a few as they were."""
+    pictures = tuple(Picture(f"{number:04}.png", 1, 1) for number in range(3000))
+    index = PictureIndex("m", "d", "f", pictures, torch.ones(3000, 2, dtype=torch.float16))
+    assert [found.path for _, found in index.rank(torch.ones(2))] == [each.path for each in pictures]
 
 
 # What is refused

@@ -31,6 +31,11 @@ class Picture:
         return other is not None and (self.size, self.mtime_ns) == (other.size, other.mtime_ns)
 
 
+def unseen(path: str, fault: str) -> Picture:
+    """A picture of which no more is known, and which is looked at anew as soon as it can be."""
+    return Picture(path, -1, -1, fault=fault)
+
+
 def pictures_in(folder: Path, recursive: bool) -> Iterator[Picture]:
     """Files that are named like pictures, below a folder, in order; hidden ones and links to folders are left out.
 
@@ -48,7 +53,7 @@ def _walk(folder: Path, below: str, recursive: bool) -> Iterator[Picture]:
         with os.scandir(folder / below) as listed:
             entries = sorted((entry for entry in listed if not entry.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        yield Picture(below, 0, 0, fault=f"cannot be opened: {error.strerror}")
+        yield unseen(below, f"cannot be opened: {error.strerror}")
         return
     for entry in entries:
         path = f"{below}/{entry.name}" if below else entry.name
@@ -71,7 +76,7 @@ def _seen(entry: os.DirEntry[str], path: str) -> Picture:
         status = entry.stat()
     except OSError as error:
         broken = entry.is_symlink() and error.errno in NOWHERE
-        return Picture(path, 0, 0, fault="is a broken link" if broken else f"cannot be read: {error.strerror}")
+        return unseen(path, "is a broken link" if broken else f"cannot be read: {error.strerror}")
     if not stat.S_ISREG(status.st_mode):
-        return Picture(path, 0, 0, fault="is not a regular file")
+        return unseen(path, "is not a regular file")
     return Picture(path, status.st_size, status.st_mtime_ns)

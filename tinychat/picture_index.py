@@ -26,7 +26,7 @@ from tinychat.core import Image
 from tinychat.errors import FormatError, MediaError, UsageError
 from tinychat.inputs.images import load_image
 from tinychat.packed_cache import beside, sweep
-from tinychat.picture_files import Picture
+from tinychat.picture_files import Picture, unseen
 
 SCHEMA = "tinychat.pictures/1"
 KEY = "tinychat"  # of the metadata
@@ -251,12 +251,17 @@ class Update:
         folder, done = Path(self.old.folder), 0
 
         def look(picture: Picture) -> Looked:
+            where = str(folder / picture.path)
             try:
-                image = load_image(Image(path=str(folder / picture.path)))
+                image = load_image(Image(path=where))
+            except MediaError as error:
+                passing = isinstance(error.__cause__, OSError)  # and not of the content: it is looked at again
+                found = unseen(picture.path, "") if passing else picture
+                return replace(found, fault=error.message.removeprefix(where).strip()), None
+            try:
                 seen = replace(picture, sha256=image.digest)
                 return seen, None if image.digest in self.rows else encoder.pixels(image)
             except MediaError as error:
-                where = str(folder / picture.path)
                 return replace(picture, fault=error.message.removeprefix(where).strip()), None
 
         report(0, len(todo))
