@@ -481,6 +481,16 @@ def test_another_models_index_is_not_mixed(photos: Path, model: Path, siglip: Pa
     assert rebuilt.hits == look(photos, siglip).hits
 
 
+def test_another_folders_index_is_not_mixed(photos: Path, model: Path, tmp_path: Path):
+    index, others = str(tmp_path / "index"), make_pictures(tmp_path / "others", 3, first=20)
+    look(photos, model, index=index)
+    message = r"index is the index of the folder .*photos, and this is .*others; give .*--rebuild, also where .* moved"
+    with pytest.raises(UsageError, match=message):
+        look(others, model, index=index)
+    assert look(photos, model, index=index).changes == picture_index.Changes(6, 0, 0, 0)
+    assert look(others, model, index=index, rebuild=True).changes == picture_index.Changes(3, 3, 0, 0)
+
+
 def test_an_index_may_lie_in_the_folder_itself(photos: Path, model: Path, counts: Counts):
     for _ in range(2):
         assert look(photos, model, index=str(photos / "index.safetensors")).changes.total == 6

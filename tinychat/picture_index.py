@@ -156,15 +156,16 @@ class IndexFile:
         self._state = self._now()
         return read(self.path)
 
-    def changed(self, digest: str) -> PictureIndex | None:
-        """What another process has written since, where it is of the same model."""
+    def changed(self, ours: PictureIndex) -> PictureIndex | None:
+        """What another process has written since, where it is of the same model and folder."""
         if self._now() == self._state:
             return None
         try:
             theirs = self.load()
         except FormatError:
             return None
-        return theirs if theirs is not None and theirs.digest == digest else None
+        same = theirs is not None and (theirs.digest, theirs.folder) == (ours.digest, ours.folder)
+        return theirs if same else None
 
     def keep(self, index: PictureIndex) -> None:
         """Replace the file. Raises UsageError where the user's cannot be written."""
@@ -289,7 +290,7 @@ class Update:
     def _save(self, stays: Callable[[str], bool] = lambda _: True) -> None:
         """Write what is new, together with what another process has added, and without what does not stay."""
         began = monotonic()
-        if (theirs := self.file.changed(self.old.digest)) is not None:
+        if (theirs := self.file.changed(self.old)) is not None:
             self._learn(theirs)
         self.entries = {path: entry for path, entry in self.entries.items() if stays(path)}
         index = self._index()

@@ -166,7 +166,7 @@ def _update(search: Search, file: IndexFile, listed: Sequence[Picture]) -> tuple
 
 
 def _old(search: Search, file: IndexFile) -> PictureIndex:
-    """What the file holds, or an empty index. Raises UsageError for another model's."""
+    """What the file holds, or an empty index. Raises UsageError for another model's, or another folder's."""
     empty = PictureIndex(search.model, search.digest, str(search.folder), (), torch.empty(0, 0, dtype=torch.float16))
     if search.flags.rebuild:
         return empty
@@ -180,7 +180,10 @@ def _old(search: Search, file: IndexFile) -> PictureIndex:
     if old.digest != search.digest:
         message = f"{file.path} is the index of {old.model}, and this is {search.model} with other weights or sizes"
         raise UsageError(message, "give --index another file, or --rebuild")
-    return replace(old, model=search.model, folder=str(search.folder))
+    if old.folder != str(search.folder):
+        message = f"{file.path} is the index of the folder {old.folder}, and this is {search.folder}"
+        raise UsageError(message, "give --index another file, or --rebuild, also where the folder was moved")
+    return replace(old, model=search.model)
 
 
 def _check_any(search: Search, index: PictureIndex, changes: Changes) -> None:
