@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -46,7 +47,7 @@ def chat(tmp_path: Path) -> Terminal:
 
 def others(process: psutil.Process) -> list[psutil.Process]:
     """The ranks that a process has started."""
-    return [one for one in process.children(recursive=True) if "tinychat.ranks.follow" in one.cmdline()]
+    return [one for one in process.children(recursive=True) if "tinychat.ranks.follow" in one.cmdline()[-1]]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,13 @@ def test_a_rank_that_ends_takes_the_chat_with_it_and_nothing_is_lost(
     assert psutil.wait_procs([other], NOTICED)[1] == []
 
 
+def listening(*processes: psutil.Process) -> set[str]:
+    """Addresses at which processes let others connect."""
+    found = [one.laddr.ip for process in processes for one in process.net_connections("tcp") if one.status == "LISTEN"]
+    assert found, "the ranks are connected somehow"
+    return set(found)
+
+
 def test_the_others_end_with_rank_0() -> None:
     command = [sys.executable, "-m", "tinychat", "chat", "--plain", "--tp", "2"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
@@ -85,9 +93,27 @@ def test_the_others_end_with_rank_0() -> None:
         assert started.stdout.readline() == b"Hello!\n"
         left = others(psutil.Process(started.pid))
         assert len(left) == 1
+        assert listening(psutil.Process(started.pid), *left) <= {"127.0.0.1", "::1"}
         started.send_signal(signal.SIGKILL)
         gone, alive = psutil.wait_procs(left, NOTICED)
         assert (len(gone), alive) == (1, [])
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0])
+def test_a_rank_that_is_killed_early(seconds: float) -> None:
+    command = [sys.executable, "-m", "tinychat", "chat", "--plain", "--tp", "2"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as started:
+        end = time.monotonic() + PATIENCE
+        while not (found := others(psutil.Process(started.pid))) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(seconds)  # it imports torch, or loads
+        found[0].kill()
+        started.wait(NOTICED)
+        _, said = started.communicate()
+        assert started.returncode == 1
+        assert said.count("error: rank 1 was ended by SIGKILL") == 1
+        assert "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -96,7 +122,8 @@ def test_torchrun_starts_the_ranks() -> None:
     answered = run(*torchrun, *ASK)
     assert answered.returncode == 0
     assert json.loads(answered.stdout)["text"] == "The word CAT in red."
-    assert run(*torchrun, "doctor").returncode == 0  # which needs no other rank
+    for verb in ("doctor", "--version", "--help"):  # which need no other rank
+        assert run(*torchrun, verb).returncode == 0
     wrong = run(*torchrun, "ask", "hi", "--tp", "4")
     assert wrong.returncode == 1
     assert "error: --tp is 4, and torchrun has started 2 ranks; leave --tp out" in wrong.stderr

@@ -298,14 +298,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str], state: dict[str, bool]) -> int:
-    world = world_of(os.environ)
+    try:
+        world = world_of(os.environ)
+    except UsageError:  # said by the verbs that open a model
+        world = None
     if world is not None and world.rank > 0:
         from tinychat.ranks.follow import follow
 
         return follow(world)
-    command = typer.main.get_command(app)
-    with command.make_context("tinychat", args, obj=state) as context:
-        code = command.invoke(context) or 0
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("tinychat", args, obj=state) as context:
+            code = command.invoke(context) or 0
+    except typer.Exit as end:  # after --help, for one
+        code = end.exit_code
     if world is not None:
         from tinychat.ranks.begin import dismiss
 

@@ -103,7 +103,8 @@ def _load_shared(
     from tinychat.ranks.begin import leader
     from tinychat.ranks.lead import Order
 
-    signal.signal(signal.SIGTERM, lambda *_: ending("rank 0 was told to end, as torchrun does when another rank ends"))
+    told = "rank 0 was told to end, as torchrun does when another rank ends; start again"
+    signal.signal(signal.SIGTERM, lambda *_: ending(told))
     leading = leader(flags.tp, ending)
     atexit.register(leading.end)
     order = Order(flags.model, flags.revision, placement, flags.context, flags.chunk, rows, flags.template)

@@ -96,8 +96,8 @@ def share_of(text: TextConfig, group: Group, spec: QuantSpec | None) -> tuple[Sh
         return Share.of(text, group, 1 if spec is None else PER_WORD), spec
     for size in sorted((size for size in GROUP_SIZES if size <= spec.group_size), reverse=True):
         whole = Share.of(text, group, size)
-        channels = len(whole.heads) * text.head_dim
-        if channels % size == 0 and text.intermediate_size // size >= group.size():
+        heads, kv_heads = (count * text.head_dim for count in (len(whole.heads), len(whole.kv_heads)))
+        if heads % size == kv_heads % PER_WORD == 0 and text.intermediate_size // size >= group.size():
             return whole, QuantSpec(spec.bits, size, spec.zero_point)
     message = f"{group.size()} ranks would cut inside the groups of {spec.group_size} weights that share a scale"
     raise ModelError(message, "take fewer ranks, or the 16-bit model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed
 from tinychat.errors import TinychatError, UsageError
 from tinychat.placement import Placement
 from tinychat.ranks import world as worlds
-from tinychat.ranks.world import World, asked_ranks, check_facts, facts, meet, open_store, world_of
+from tinychat.ranks.world import World, asked_ranks, check_facts, facts, meet, open_store, told, world_of
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here"}
 FREE = {"MASTER_PORT": "29500"}
@@ -45,6 +46,8 @@ def test_one_rank_is_no_world(variables: dict[str, str]) -> None:
         ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x', not a number; start it by torchrun, or unset it and give --tp"),
         ({**FREE, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
         ({**FREE, "RANK": "4"}, "RANK is 4 in a world of 4 ranks; give 0 to 3"),
+        ({**FREE, "WORLD_SIZE": "0"}, "WORLD_SIZE is 0; unset it, or start by torchrun"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536; give 1 to 65535"),
     ],
 )
 def test_a_world_that_makes_no_sense(changes: dict[str, str], words: str) -> None:
@@ -86,16 +89,38 @@ def test_a_rank_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worlds, "MEETING", timedelta(seconds=1))
     world = World(0, 3, 0, 3, "127.0.0.1", free_port())
     store = open_store(world)
-    store.set_timeout(timedelta(seconds=1))
     with pytest.raises(TinychatError, match="1 of 3 ranks came within 1 s, rank 1 did not; start all of them"):
         meet(world, store)
 
 
 def test_nobody_answers_where_rank_0_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worlds, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(worlds, "LOOK", timedelta(seconds=1))
     port = free_port()
     with pytest.raises(TinychatError, match=rf"rank 1 cannot reach 127.0.0.1:{port} .*; check MASTER_ADDR and MASTER"):
         open_store(World(1, 2, 1, 2, "127.0.0.1", port))
+
+
+def test_a_name_that_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    words = (
+        r"MASTER_ADDR is 'no.such.host', which has no address \(Name or service not known\); give rank 0's host name"
+    )
+    with pytest.raises(UsageError, match=words):
+        open_store(World(0, 2, 0, 2, "no.such.host", 1))
+
+
+def test_whoever_waits_for_a_rank_hears_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def check(self, names: list[str]) -> bool:
+            signal.raise_signal(signal.SIGINT)
+            return False
+
+    with pytest.raises(KeyboardInterrupt):
+        told(Interrupted(), "facts/1", timedelta(seconds=60))
 
 
 def test_a_port_that_is_taken() -> None:

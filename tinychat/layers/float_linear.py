@@ -76,7 +76,8 @@ def _are_free(x: Tensor, linears: Sequence[nn.Module]) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and "forward" not in vars(module) and not is_watched(module)
+    plain = type(module) is nn.Linear and "forward" not in vars(module) and not is_watched(module)
+    return plain and type(_weight(module)) in (Tensor, nn.Parameter)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,7 +91,7 @@ def _one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, kind: str
 def _by_one_dnn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is the faster one: it takes torch's bfloat16 anyway, and there activations come for nothing."""
     same = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype and x.numel() > 0
-    return same and x.dtype in _faster()
+    return same and x.shape[-1] == weight.shape[-1] and x.dtype in _faster()
 
 
 @functools.cache

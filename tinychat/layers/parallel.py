@@ -20,6 +20,8 @@ from torch.nn.utils import skip_init
 from tinychat.errors import ModelError
 from tinychat.layers.local_ranks import LocalRanks
 
+MOST_NAMED = 64  # ranks, in an error
+
 
 class Group(Protocol):
     """The ranks that share a layer: torch.distributed's ProcessGroup, or LocalRanks."""
@@ -132,7 +134,7 @@ def dotted(prefix: str, name: str) -> str:
 def share(length: int, group: Group, what: str) -> int:
     """A rank's equal part of a length. Raises ModelError where the ranks do not divide it."""
     if length % group.size():
-        fitting = ", ".join(str(n) for n in range(1, length + 1) if length % n == 0)[:60]
+        fitting = ", ".join(str(n) for n in range(1, min(length, MOST_NAMED) + 1) if length % n == 0)
         raise ModelError(f"{group.size()} ranks do not divide the {length} {what}", f"take one of {fitting}")
     return length // group.size()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +13,7 @@ from tinychat.ranks.launch import HERE, Launched, Lost
 from tinychat.ranks.lead import Leader
 from tinychat.ranks.world import COME, MEETING, OVER, WORD, World, meet, open_store, world_of
 
+GLOO = "GLOO_SOCKET_IFNAME"
 PARTING = timedelta(seconds=10)
 
 
@@ -43,13 +47,31 @@ def _launched(size: int, lost: Lost) -> Leader:
     import torch.distributed
 
     dist: Any = torch.distributed
-    served = dist.TCPStore(HERE, 0, size, True, MEETING, wait_for_workers=False)
-    world = World(0, size, 0, size, HERE, served.port)
-    started = Launched(size, served.port, lost)
-    store = dist.PrefixStore("tinychat/0", served)
-    store.set(WORD, COME)
+    listening = socket.create_server((HERE, 0))  # torch by itself would listen on every interface
+    port = listening.getsockname()[1]
+    with on_loopback():
+        served = dist.TCPStore(
+            HERE, port, size, True, MEETING, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+        world, started = World(0, size, 0, size, HERE, port), Launched(size, port, lost)
+        store = dist.PrefixStore("tinychat/0", served)
+        store.set(WORD, COME)
+        try:
+            return Leader(world, meet(world, store), started)
+        except BaseException:
+            started.end(at_once=True)
+            raise
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Within it gloo, here and in processes that are started, talks by the loopback interface alone."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    chosen = GLOO not in os.environ and bool(names)
+    if chosen:
+        os.environ[GLOO] = names[0]
     try:
-        return Leader(world, meet(world, store), started)
-    except BaseException:
-        started.end(at_once=True)
-        raise
+        yield
+    finally:
+        if chosen:
+            del os.environ[GLOO]

@@ -1,12 +1,11 @@
 """Every rank but the first: it waits for what rank 0 says, and does that with its part of the model.
 
-`python -m tinychat.ranks.follow` is what rank 0 starts for --tp; torchrun starts the command itself on every rank.
+`main` is what rank 0 starts for --tp; torchrun starts the command itself on every rank.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from typing import Any
@@ -16,7 +15,7 @@ from tinychat.layers.local_ranks import gathered
 from tinychat.ranks.lead import Order, check_loading, load_part
 from tinychat.ranks.led import FollowedModel
 from tinychat.ranks.words import leave, listen
-from tinychat.ranks.world import OVER, PATIENCE, WORD, World, meet, open_store, world_of
+from tinychat.ranks.world import COME, OVER, PATIENCE, WORD, World, meet, open_store, told, world_of
 
 LOST = 1
 
@@ -26,16 +25,14 @@ def follow(world: World) -> int:
 
     Comes back, with an exit code, only where rank 0 has no need of others.
     """
-    from torch.distributed import DistError
-
     store = open_store(world)
-    store.set_timeout(PATIENCE)
     try:
-        if store.get(WORD).decode() == OVER:
-            store.set(f"bye/{world.rank}", OVER)
-            return 0
-    except (DistError, RuntimeError) as error:
+        word = told(store, WORD, PATIENCE)
+    except RuntimeError as error:
         raise TinychatError(f"rank 0 ended, and rank {world.rank} with it", "start again") from error
+    if word != COME:
+        store.set(f"bye/{world.rank}", OVER)
+        return 0
     code = serve(world, meet(world, store))
     sys.stderr.flush()
     os._exit(code)  # gloo's threads may still hold a tensor, which they cannot let go while Python is shut down
@@ -69,8 +66,7 @@ def _load(order: Order, world: World, group: Any) -> FollowedModel | None:
 
 
 def main() -> int:
-    """A rank that was started for --tp: it ends with the one that started it, whose Ctrl-C is not for it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A rank that was started for --tp: it ends with the one that started it. Whatever fails is one line."""
     threading.Thread(target=_end_with_rank_0, daemon=True).start()
     world = world_of(os.environ)
     assert world is not None
@@ -79,10 +75,11 @@ def main() -> int:
     except TinychatError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    except (RuntimeError, MemoryError) as error:
-        what = next(iter(str(error).splitlines()), "")
-        sys.stderr.write(f"error: rank {world.rank} failed: {type(error).__name__} {what}\n")
-        return LOST
+    except Exception as error:  # noqa: BLE001  # the last resort of this process
+        what = ": ".join(part for part in (type(error).__name__, next(iter(str(error).splitlines()), "")) if part)
+        sys.stderr.write(f"error: rank {world.rank} failed ({what}); start again\n")
+        sys.stderr.flush()
+        os._exit(LOST)  # as above: gloo's threads
 
 
 def _end_with_rank_0() -> None:
@@ -90,7 +87,3 @@ def _end_with_rank_0() -> None:
     while os.read(sys.stdin.fileno(), 1):  # nothing ever comes
         pass
     os._exit(LOST)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

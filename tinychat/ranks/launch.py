@@ -7,25 +7,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from tinychat.ranks.world import World
 
 HERE = "127.0.0.1"
 GRACE = 5.0  # seconds for a rank to end by itself
-FOLLOW = (sys.executable, "-m", "tinychat.ranks.follow")
+FOLLOW = "from tinychat.ranks.follow import main; raise SystemExit(main())"
 Lost = Callable[[str], None]
 
 
 class Launched:
     """The processes of ranks 1 to size - 1. `lost` is told, from another thread, when one ends before its time."""
 
-    def __init__(self, size: int, port: int, lost: Lost, command: Sequence[str] = FOLLOW) -> None:
+    def __init__(self, size: int, port: int, lost: Lost, code: str = FOLLOW) -> None:
         self._lost = lost
         self._ending = threading.Event()
         self._once = threading.Lock()
-        self.processes = [_start(World(rank, size, rank, size, HERE, port), command) for rank in range(1, size)]
+        self.processes = [_start(World(rank, size, rank, size, HERE, port), code) for rank in range(1, size)]
         for rank, process in enumerate(self.processes, 1):
             threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
 
@@ -54,7 +54,7 @@ class Launched:
             return
         for other in self.processes:
             other.kill()
-        self._lost(f"rank {rank} {how_it_ended(code)}, and the others with it")
+        self._lost(f"rank {rank} {how_it_ended(code)}, and the others with it; {what_to_do(code)}")
 
 
 def how_it_ended(code: int) -> str:
@@ -62,14 +62,22 @@ def how_it_ended(code: int) -> str:
     if code >= 0:
         return f"ended with code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    perhaps = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+    perhaps = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
     return f"was ended by {name}{perhaps}"
 
 
-def _start(world: World, command: Sequence[str]) -> subprocess.Popen[bytes]:
+def what_to_do(code: int) -> str:
+    return "free memory or give a smaller --context, and start again" if code == -signal.SIGKILL else "start again"
+
+
+def _start(world: World, code: str) -> subprocess.Popen[bytes]:
     described = {
         "RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank,
         "LOCAL_WORLD_SIZE": world.local_size, "MASTER_ADDR": world.address, "MASTER_PORT": world.port,
     }  # fmt: skip
     variables = {**os.environ, **{name: str(value) for name, value in described.items()}}
-    return subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    paths = f"import sys; sys.path[:] = {sys.path!r}; "  # those of this process, and no folder that it happens to be in
+    command = [sys.executable, "-c", paths + code]
+    return subprocess.Popen(  # its session is its own: Ctrl-C is for rank 0
+        command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 MEETING = timedelta(seconds=120)  # to start Python and torch on a slow machine
 PATIENCE = timedelta(days=30)  # between two words: as long as a user may think
+LOOK = timedelta(seconds=2)  # at most, between two looks at signals
+PORTS = 2**16
 VARIABLES = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 WORD = "word"  # what rank 0 tells those who wait: whether there is something to do
 COME, OVER = "come", "over"
@@ -55,6 +59,8 @@ def world_of(variables: Mapping[str, str]) -> World | None:
     size = _number(variables, "WORLD_SIZE", "1")
     if size == 1:
         return None
+    if size == 0:
+        raise UsageError("WORLD_SIZE is 0", "unset it, or start by torchrun")
     for name in VARIABLES:
         if not variables.get(name):
             remedy = f"start it by torchrun, or without these variables and with --tp {size}"
@@ -64,7 +70,10 @@ def world_of(variables: Mapping[str, str]) -> World | None:
         raise UsageError(f"RANK is {rank} in a world of {size} ranks", f"give 0 to {size - 1}")
     local_rank = _number(variables, "LOCAL_RANK", str(rank))
     local_size = _number(variables, "LOCAL_WORLD_SIZE", str(size))
-    return World(rank, size, local_rank, local_size, variables["MASTER_ADDR"], _number(variables, "MASTER_PORT"))
+    port = _number(variables, "MASTER_PORT")
+    if not 0 < port < PORTS:
+        raise UsageError(f"MASTER_PORT is {port}", f"give 1 to {PORTS - 1}")
+    return World(rank, size, local_rank, local_size, variables["MASTER_ADDR"], port)
 
 
 def asked_ranks(tp: int | None) -> int:
@@ -92,12 +101,31 @@ def open_store(world: World) -> Any:
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     hosts = world.rank == 0 and not by_agent
     try:
-        store = dist.TCPStore(world.address, world.port, world.size, hosts, MEETING, wait_for_workers=False)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        doing = "offer" if hosts else "reach"
-        message = f"rank {world.rank} cannot {doing} {world.address}:{world.port} ({_first_line(error)})"
-        raise TinychatError(message, "check MASTER_ADDR and MASTER_PORT, and that rank 0 is running") from error
-    return dist.PrefixStore(f"tinychat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        socket.getaddrinfo(world.address, world.port)
+    except OSError as error:
+        message = f"MASTER_ADDR is {world.address!r}, which has no address ({error.strerror})"
+        raise UsageError(message, "give rank 0's host name or address") from error
+    end = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            store = dist.TCPStore(world.address, world.port, world.size, hosts, LOOK, wait_for_workers=False)
+            return dist.PrefixStore(f"tinychat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            if not hosts and time.monotonic() < end:
+                continue  # rank 0 may be on its way
+            doing = "offer" if hosts else "reach"
+            message = f"rank {world.rank} cannot {doing} {world.address}:{world.port} ({_first_line(error)})"
+            raise TinychatError(message, "check MASTER_ADDR and MASTER_PORT, and that rank 0 is running") from error
+
+
+def told(store: Any, name: str, patience: timedelta) -> str | None:
+    """What another rank has written under a name, as soon as it has; None after so long. Raises RuntimeError."""
+    end = time.monotonic() + patience.total_seconds()
+    while not store.check([name]):  # waiting in the store itself would keep signals waiting too
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.05)
+    return store.get(name).decode()
 
 
 def meet(world: World, store: Any) -> Any:
@@ -137,14 +165,15 @@ def check_facts(found: list[dict[str, str]]) -> None:
 
 
 def _facts_of(store: Any, world: World, rank: int) -> dict[str, str]:
-    from torch.distributed import DistError
-
     try:
-        return json.loads(store.get(f"facts/{rank}"))
-    except (DistError, RuntimeError) as error:
-        came = sum(store.check([f"facts/{one}"]) for one in range(world.size))
-        message = f"{came} of {world.size} ranks came within {MEETING.seconds} s, rank {rank} did not"
-        raise TinychatError(message, "start all of them, with the same MASTER_ADDR and MASTER_PORT") from error
+        found = told(store, f"facts/{rank}", MEETING)
+    except RuntimeError as error:
+        raise TinychatError(f"the other ranks are gone ({_first_line(error)})", "start again") from error
+    if found is not None:
+        return json.loads(found)
+    came = sum(store.check([f"facts/{one}"]) for one in range(world.size))
+    message = f"{came} of {world.size} ranks came within {MEETING.seconds} s, rank {rank} did not"
+    raise TinychatError(message, "start all of them, with the same MASTER_ADDR and MASTER_PORT")
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,16 +24,23 @@ class Ending:
         self._before = _attributes()
 
     def __call__(self, sentence: str) -> None:
-        if self._before is not None:
-            import termios
+        try:
+            self._give_back()
+            for line in (f"error: {sentence}", self._rescued()):
+                if line:
+                    os.write(sys.stderr.fileno(), f"{clean_line(line)}\n".encode())
+        finally:
+            os._exit(1)
 
-            termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._before)
+    def _give_back(self) -> None:
+        """The terminal, where it is this process's to set."""
+        if self._before is None or os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
+            return
+        import termios
+
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, self._before)
         if sys.stdout.isatty():
             os.write(sys.stdout.fileno(), _RESET.encode())
-        for line in (f"error: {sentence}", self._rescued()):
-            if line:
-                os.write(sys.stderr.fileno(), f"{clean_line(line)}\n".encode())
-        os._exit(1)
 
     def _rescued(self) -> str:
         try:
