@@ -6,7 +6,7 @@
 Random weights, the same ones for both; all layers are run and the pooled output is made. A round's order is drawn anew,
 one round is not measured, and a turn is taken again where other programs computed meanwhile ("others": processors that
 they kept busy). Ratios are taken round by round: transformers' time over the column's. With --threads 2 the columns
-are ours and transformers' (sdpa) on two threads, ours on one, ours split over two processes of a thread each (gloo),
+are ours and transformers' (sdpa) on two threads, ours on one, ours split over two processes of a thread each (as --tp has it),
 and the tower in 8 bits on two threads, as the chat runs it beside a 4-bit decoder.
 """
 
@@ -40,6 +40,7 @@ from peers.report import spread
 from tinychat import doctor
 from tinychat.config import VisionConfig
 from tinychat.layers.packed_linear import PackedLinear
+from tinychat.layers.local_ranks import LocalRanks
 from tinychat.layers.parallel import Later
 from tinychat.models.vision_tower import VisionTower
 from tinychat_kernels import cpu, cpu_tower
@@ -181,7 +182,7 @@ def serve(end: Any, case: Case, rank: int, store: str) -> None:
     torch.set_num_threads(1)
     shared = dist.FileStore(store, case.threads)
     dist.init_process_group("gloo", store=shared, rank=rank, world_size=case.threads)
-    tower, pixels = tower_of(case, Later(dist.group.WORLD)).vision_model, case.pixels
+    tower, pixels = tower_of(case, Later(LocalRanks.of(dist.group.WORLD))).vision_model, case.pixels
     try:
         while True:
             end.send(None)
