@@ -6,8 +6,8 @@
 Random weights, the same ones for both; all layers are run and the pooled output is made. A round's order is drawn anew,
 one round is not measured, and a turn is taken again where other programs computed meanwhile ("others": processors that
 they kept busy). Ratios are taken round by round: transformers' time over the column's. With --threads 2 the columns
-are ours and transformers' (sdpa) on two threads, ours on one, ours split over two processes of a thread each (as --tp has it),
-and the tower in 8 bits on two threads, as the chat runs it beside a 4-bit decoder.
+are ours and transformers' (sdpa) on two threads, ours on one, ours split over two processes of a thread each (as by
+--tp), and the tower in 8 bits on two threads, as the chat runs it beside a 4-bit decoder.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from peers.protocol import Json
 from peers.report import spread
 from tinychat import doctor
 from tinychat.config import VisionConfig
-from tinychat.layers.packed_linear import PackedLinear
 from tinychat.layers.local_ranks import LocalRanks
+from tinychat.layers.packed_linear import PackedLinear
 from tinychat.layers.parallel import Later
 from tinychat.models.vision_tower import VisionTower
 from tinychat_kernels import cpu, cpu_tower
