@@ -786,6 +786,73 @@ def test_processors_that_do_not_fit(photos: Path, model: Path, tmp_path: Path):
         look(photos, copy)
 
 
+@pytest.mark.parametrize("family", ["model", "siglip"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"size": "x"}, {"size": [1]}, {"size": {"height": "x", "width": 3}}, {"crop_size": "x"}, {"image_mean": [1]},
+        {"resample": 99}, {"rescale_factor": "x"}, {"image_processor": "x"},
+    ],
+)  # fmt: skip
+def test_processors_with_values_that_cannot_work(
+    family: str, values: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+):
+    copy = shutil.copytree(request.getfixturevalue(family), tmp_path / "copy")
+    path = copy / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(FormatError, match=r"preprocessor_config\.json describes no image processor that works \("):
+        PictureEncoder(open_source(str(copy), None), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("values", [{"patch_size": 0}, {"patch_size": -1}, {"num_attention_heads": 0}])
+@pytest.mark.parametrize("family", ["model", "siglip"])
+def test_configs_with_sizes_that_cannot_be(
+    family: str, values: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+):
+    whole: Path = request.getfixturevalue(family)
+    copy = edited(whole, tmp_path / "copy", lambda raw: raw["vision_config"].update(values))
+    with pytest.raises(FormatError, match=r"is not the config of a .* model \((vision_config has the|integer modulo)"):
+        open_source(str(copy), None)
+
+
+def rewritten(model: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    copy = shutil.copytree(model, to)
+    raw = json.loads((copy / "tokenizer.json").read_text())
+    change(raw)
+    (copy / "tokenizer.json").write_text(json.dumps(raw))
+    return copy
+
+
+def word_level(raw: dict[str, Any]) -> None:
+    raw["model"] = {"type": "WordLevel", "vocab": {"a": 5}, "unk_token": "none"}
+
+
+def far_ids(raw: dict[str, Any]) -> None:
+    raw["model"]["vocab"] = {word: index if index < 3 else index + 500 for word, index in raw["model"]["vocab"].items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda raw: raw.pop("model"), "the tokenizer in .*copy cannot be read"),
+        (word_level, "the tokenizer in .*copy cannot be read .*UNK"),
+        (far_ids, r"the tokenizer makes the id \d+, and the model knows 259 tokens; take the tokenizer that belongs"),
+    ],
+)
+def test_tokenizers_that_do_not_work(change: Callable[..., object], sentence: str, model: Path, tmp_path: Path):
+    copy = rewritten(model, tmp_path / "copy", change)
+    with pytest.raises(ModelError, match=sentence):
+        PictureEncoder(open_source(str(copy), None), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["model", "siglip"])
+def test_a_model_without_a_tokenizer(family: str, tmp_path: Path, request: pytest.FixtureRequest):
+    copy = shutil.copytree(request.getfixturevalue(family), tmp_path / "copy")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"copy has no tokenizer \(tokenizer\.json, .*; copy tokenizer\.json and"):
+        PictureEncoder(open_source(str(copy), None), CPU, torch.float32)
+
+
 def test_memory_that_does_not_suffice(photos: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
     def full(_: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
@@ -853,6 +920,41 @@ def test_errors_have_their_codes(
     ended, out, err = run(*(each.format(photos=photos, model=model) for each in arguments))
     assert (ended, out) == (code, "")
     assert re.match(sentence, err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("{photos}/locked/deep", "x"), 2),
+        (("{photos}", "x", "-m", "{photos}/locked/model"), 3),
+        (("{photos}", "x", "-m", "{model}", "--index", "{photos}/locked/index"), 2),
+    ],
+)
+def test_what_may_not_be_looked_at_is_a_sentence(
+    arguments: tuple[str, ...], code: int, photos: Path, model: Path,
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """As below a folder that may not be entered, which a superuser may."""
+    stat = Path.stat
+
+    def refused(path: Path, **more: Any) -> os.stat_result:
+        if path.parent.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    ended, out, err = run(*(each.format(photos=photos, model=model) for each in arguments))
+    assert (ended, out) == (code, "")
+    assert re.match(r"error: .*locked/\w+ cannot be looked at \(Permission denied\)", err)
+
+
+@pytest.mark.parametrize("device", ["mps", "meta"])
+def test_devices_that_are_not_used(device: str, photos: Path, run: Callable[..., tuple[int, str, str]]):
+    code, _, err = run(str(photos), "x", "--device", device)
+    assert (code, err.splitlines()[0]) == (
+        2,
+        f"error: {device} is a device that tinychat does not use; give cpu, cuda or cuda:N",
+    )
 
 
 class Terminal(io.StringIO):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import stat
+from errno import ELOOP, ENOENT, ENOTDIR
 from pathlib import Path
 
 from tinychat.config import VilaConfig
-from tinychat.errors import ModelError
+from tinychat.errors import ModelError, TinychatError, UsageError
 
 WORDS = ["*.json", "*.jinja", "*.txt", "*.model"]  # configs, chat templates, vocabularies
 SAFE = [*WORDS, "*.safetensors"]
@@ -55,10 +57,26 @@ def looks_like_path(text: str) -> bool:
     return len(parts) > 2 or parts[0] in ("", ".", "..", "~") or parts[-1] == "" or "\\" in text
 
 
+def standing(path: Path, wrong: type[TinychatError] = UsageError) -> str:
+    """What is there: "folder", "file", or "" for nothing. Raises `wrong` where that cannot be seen."""
+    try:
+        return "folder" if stat.S_ISDIR(path.stat().st_mode) else "file"
+    except ValueError:  # of a NUL in the name
+        return ""
+    except OSError as error:
+        if error.errno in (ENOENT, ENOTDIR, ELOOP):
+            return ""
+        remedy = "check the name, and the permissions of the folders above it"
+        raise wrong(f"{path} cannot be looked at ({error.strerror})", remedy) from error
+
+
 def nearby(path: Path) -> str:
     """What to do about a folder that is not there: the nearest parent that is, and what it holds."""
     parent = next((p for p in path.absolute().parents if p.is_dir()), Path("/"))
-    there = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]
+    try:
+        there = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8]
+    except OSError as error:
+        return f"{parent} cannot be listed ({error.strerror})"
     return f"{parent} has {', '.join(there) or 'no folders'}"
 
 

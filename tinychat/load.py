@@ -16,7 +16,7 @@ from tinychat.config import FLOAT_TYPES, TextConfig, VilaConfig, read_config, re
 from tinychat.core import Progress
 from tinychat.engine.engine import CHUNK, CONTEXT
 from tinychat.errors import ModelError, UsageError
-from tinychat.hub import find_tower, looks_like_path, nearby, snapshot
+from tinychat.hub import find_tower, looks_like_path, nearby, snapshot, standing
 from tinychat.int8_tower import int8_linears, swap_int8
 from tinychat.layers.parallel import ALONE, Group
 from tinychat.packing import Note, Packing, fill, notes_of, packing_of, prepare_tower, waits_for_compiler
@@ -364,9 +364,9 @@ def resolve(model_id: str | Path | None, revision: str | None = None) -> Path:
             raise ModelError("this installation has no embedded model", "give --model a folder or a hub id")
         return EMBEDDED
     path = Path(model_id).expanduser()
-    if path.is_dir():
+    if (there := standing(path, ModelError)) == "folder":
         return path
-    if path.exists():
+    if there:
         raise ModelError(f"{path} is a file", f"give the folder of the model, for instance {path.absolute().parent}")
     if looks_like_path(str(model_id)):
         raise ModelError(f"there is no folder {path}", nearby(path))

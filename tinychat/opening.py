@@ -133,6 +133,8 @@ def checked_device(name: str | None) -> torch.device | None:
         device = torch.device(name) if name else None
     except RuntimeError as error:
         raise UsageError(f"there is no device {name!r}", "give cpu, cuda or cuda:N") from error
+    if device is not None and device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{device} is a device that tinychat does not use", "give cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if device is not None and device.type == "cuda" and (device.index or 0) >= count:
         raise UsageError(

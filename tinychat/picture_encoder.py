@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image as pillow
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -27,6 +28,10 @@ EMBEDDED = Path(__file__).parent / "assets" / "search"
 EXAMPLE = "--model openai/clip-vit-base-patch32"
 FAMILIES = ("clip", "siglip")
 PLAIN = "text"  # the layout whose names are those on disk
+UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)  # what values of a config lead to
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+TRIAL = "a cup, \u00e9 \u65e5"  # not all of it is in every vocabulary
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -54,9 +59,10 @@ class PictureEncoder:
         self.device = device
         self.dtype = dtype
         self.pads = source.family == "siglip"  # it was trained on texts of one length, padding included
-        self.tokenizer = _read_tokenizer(source.folder)
-        self.image_processor = _read_image_processor(source)
         self.most_tokens = int(source.config.text_config.max_position_embeddings)
+        self.words = int(source.config.text_config.vocab_size)
+        self.tokenizer = _read_tokenizer(source.folder, self._tell)
+        self.image_processor = _read_image_processor(source)
         with _enough_memory("the model does not fit", "take a smaller one, or --device cpu"):
             self.model = _model_class(source.family)("", source.config, Weights(source.index, "", dtype=dtype))
             nn.Module.to(self.model, device).eval()
@@ -79,12 +85,20 @@ class PictureEncoder:
         whole = self.tokenizer(text, verbose=False)["input_ids"]
         if len(whole) > self.most_tokens:
             note(f"the query has {len(whole)} tokens, the model reads {self.most_tokens}: its end is left out")
-        told = self.tokenizer(
+        told = self._tell(self.tokenizer, text)
+        mask = {} if self.pads else {"attention_mask": told["attention_mask"].to(self.device)}
+        return self._normalized(self.model.get_text_features(told["input_ids"].to(self.device), **mask))[0]
+
+    def _tell(self, tokenizer: Any, text: str) -> Any:
+        """The ids [1, T] that the model reads, and their mask. Raises ModelError for ids that it does not have."""
+        told = tokenizer(
             text, padding="max_length" if self.pads else False, truncation=True, max_length=self.most_tokens,
             return_tensors="pt",
         )  # fmt: skip
-        mask = {} if self.pads else {"attention_mask": told["attention_mask"].to(self.device)}
-        return self._normalized(self.model.get_text_features(told["input_ids"].to(self.device), **mask))[0]
+        if (largest := int(told["input_ids"].max())) >= self.words:
+            message = f"the tokenizer makes the id {largest}, and the model knows {self.words} tokens"
+            raise ModelError(message, "take the tokenizer that belongs to the model")
+        return told
 
     def _normalized(self, features: Tensor) -> Tensor:
         """[N, P], on the CPU. Raises ModelError where the dtype does not hold what the model computes."""
@@ -106,14 +120,23 @@ def open_source(model: str | None, revision: str | None) -> Source:
         raise ModelError(f"{folder} {what}, and search compares by CLIP or SigLIP", f"give one, such as {EXAMPLE}")
     try:
         config = AutoConfig.for_model(family, **raw)
+        _check_sizes(config)
         with torch.device("meta"):
             empty = _model_class(family)("", config)
-    except (StrictDataclassError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except (StrictDataclassError, RuntimeError, *UNFIT) as error:
         message = f"{folder / 'config.json'} is not the config of a {family} model ({error})"
         raise FormatError(message, "download or copy the file again") from error
     source = Source(folder, family, config, Index.of(folder))
     compare(empty, source.index, PLAIN).check()
     return source
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    """Raises ValueError for a size of which nothing can be."""
+    for part in ("text_config", "vision_config"):
+        for name in SIZES:
+            if (size := getattr(getattr(config, part), name, 1)) < 1:
+                raise ValueError(f"{part} has the {name} {size}")
 
 
 def dtype_of(asked: str | None, device: torch.device) -> torch.dtype:
@@ -131,27 +154,45 @@ def _model_class(family: str) -> Any:
     return {"clip": clip.CLIPModel, "siglip": siglip.SiglipModel}[family]
 
 
-def _read_tokenizer(folder: Path) -> Any:
+def _read_tokenizer(folder: Path, tell: Callable[[Any, str], Any]) -> Any:
+    """The folder's tokenizer, which has been tried. Raises ModelError where there is none, or FormatError."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        message = f"{folder} has no tokenizer ({', '.join(TOKENIZERS)} were looked for)"
+        raise ModelError(message, "copy tokenizer.json and tokenizer_config.json into it")
     where = str(folder)
     try:
         try:
-            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True)
+            found = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError):
             if not (folder / "tokenizer.json").is_file():
                 raise
-            return PreTrainedTokenizerFast.from_pretrained(where, local_files_only=True)
+            found = PreTrainedTokenizerFast.from_pretrained(where, local_files_only=True)
+        tell(found, TRIAL)
+    except ModelError:
+        raise
     except Exception as error:  # the Rust reader raises nothing narrower for a damaged file
         reason = f"{type(error).__name__}: {error}"
         raise FormatError(f"the tokenizer in {folder} cannot be read ({reason})", "copy its files again") from error
+    return found
 
 
 def _read_image_processor(source: Source) -> Any:
-    """transformers' processor from its own file, from a whole processor's, or the family's usual one."""
+    """transformers' processor from its own file, from a whole processor's, or the family's usual one; it was tried.
+
+    Raises ModelError, or FormatError for values that it cannot work with.
+    """
     vision = VisionConfig.of(source.config.vision_config)
-    stored = next((read_json(path) for name in PROCESSORS if (path := source.folder / name).is_file()), None)
-    processor = image_processor_for(vision, stored.get("image_processor", stored) if stored else None)
-    if target_size(processor) != (vision.image_size, vision.image_size):
+    path = next((path for name in PROCESSORS if (path := source.folder / name).is_file()), None)
+    try:
+        stored = read_json(path) if path else None
+        processor = image_processor_for(vision, stored.get("image_processor", stored) if stored else None)
         height, width = target_size(processor)
+        if (height, width) == (vision.image_size, vision.image_size):
+            to_pixels(pillow.new("RGB", (width, height)), processor)
+    except UNFIT as error:
+        message = f"{path or source.folder} describes no image processor that works ({error})"
+        raise FormatError(message, "download or copy the file again") from error
+    if (height, width) != (vision.image_size, vision.image_size):
         sizes = f"makes {height} x {width} pixels, the model takes {vision.image_size} x {vision.image_size}"
         raise ModelError(f"the image processor {sizes}", "correct preprocessor_config.json or config.json")
     return processor

@@ -137,9 +137,9 @@ def perform(flags: SearchFlags, device: torch.device | None, report: Report) -> 
 
 def _folder(path: Path) -> Path:
     path = path.expanduser()
-    if path.is_dir():
+    if (there := hub.standing(path)) == "folder":
         return path.resolve()
-    if path.exists():
+    if there:
         raise UsageError(f"{path} is a file", "give a folder of pictures, and a picture by --like")
     raise UsageError(f"there is no folder {path}", hub.nearby(path))
 
@@ -150,7 +150,7 @@ def _index_file(search: Search) -> IndexFile:
         key = hashlib.sha256(f"{search.folder}\n{search.digest}".encode(errors="surrogateescape"))
         return IndexFile(cache_folder() / f"{key.hexdigest()[:32]}.safetensors", named=False)
     path = Path(search.flags.index).expanduser()
-    if path.exists() and not is_index(path):
+    if hub.standing(path) and not is_index(path):
         raise UsageError(f"{path} is not an index of tinychat search", "give --index another file, or a new one")
     return IndexFile(path, named=True)
 
