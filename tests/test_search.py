@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -306,6 +307,30 @@ def test_an_interrupted_run_keeps_what_it_has(photos: Path, model: Path, monkeyp
         look(photos, model, batch=2)
     look(photos, model, batch=2)
     assert calls == [2, 2, 2, 2]
+
+
+def test_an_interrupt_leaves_what_is_not_begun(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of a batch is in line, and each reader ends what it has begun."""
+    photos, begun, told = make_pictures(tmp_path / "photos", 40), list[str](), threading.Event()
+
+    def slow(image: Any) -> Any:
+        begun.append(image.path)
+        told.wait(20)
+        raise MediaError("it is slow", "wait")
+
+    def interrupted(parts: Any, begin: Callable[[Picture], Any], _: bool) -> Any:
+        for part in parts:
+            for one in part:
+                begin(one)
+            threading.Timer(0.2, told.set).start()
+            raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(picture_index, "load_image", slow)
+    monkeypatch.setattr(picture_index, "_looked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        look(photos, model, "", batch=40)
+    assert len(begun) <= picture_index.READERS
 
 
 def test_a_rename_of_all_survives_an_interrupt(photos: Path, model: Path, monkeypatch: pytest.MonkeyPatch):

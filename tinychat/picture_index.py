@@ -267,13 +267,16 @@ class Update:
 
         report(0, len(todo))
         parts = (todo[at : at + batch] for at in range(0, len(todo), batch))
-        with ThreadPoolExecutor(READERS) as pool:
+        pool = ThreadPoolExecutor(READERS)
+        try:
             for part in _looked(parts, lambda picture: pool.submit(look, picture), encoder.device.type != "cpu"):
                 self._add(encoder, part)
                 done += len(part)
                 report(done, len(todo))
                 if self._due():
                     self._save()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt waits for what is being read, and no more
 
     def _add(self, encoder: Encoder, part: Sequence[Looked]) -> None:
         fresh = {picture.sha256: pixels for picture, pixels in part if pixels is not None}
