@@ -595,12 +595,33 @@ def test_many_that_cannot_be_read_are_counted(photos: Path, model: Path):
     assert notes[-1] == "4 more cannot be read"
 
 
+def test_few_pixels_are_decoded_at_once(photos: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    pixels, held, most = PictureEncoder.pixels, list[int](), list[int]()
+
+    def counted(self: PictureEncoder, image: Any) -> Tensor:
+        held.append(40 * 36)
+        most.append(sum(held))
+        time.sleep(0.02)  # the others would come in between
+        held.pop()
+        return pixels(self, image)
+
+    monkeypatch.setattr(PictureEncoder, "pixels", counted)
+    monkeypatch.setattr(picture_index, "AT_ONCE", 2 * 40 * 36)
+    assert look(photos, model).changes.total == 6
+    assert max(most) <= 2 * 40 * 36
+    monkeypatch.setattr(picture_index, "AT_ONCE", 1)
+    assert look(photos, model, rebuild=True).changes.total == 6
+    assert max(most[-6:]) == 40 * 36, "a picture of more than all goes alone"
+
+
 def test_too_large_pictures_are_left_out(photos: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
     from tinychat.inputs import images
 
     picture(1, (80, 80)).save(photos / "large.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 80 * 80 - 1)
-    assert look(photos, model).notes == ("large.png has 80 x 80 = 0.0 megapixels, the limit is 0",)
+    assert look(photos, model).notes == (
+        "large.png has 80 x 80 = 0.0 megapixels, the limit is 0; scale the picture down",
+    )
 
 
 def test_hidden_files_and_links_to_folders_are_left_out(tmp_path: Path):

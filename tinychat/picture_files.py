@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ELOOP, ENOENT, ENOTDIR
 from pathlib import Path
+from threading import Condition
 
 from tinychat.errors import CapacityError
 
@@ -80,3 +82,25 @@ def _seen(entry: os.DirEntry[str], path: str) -> Picture:
     if not stat.S_ISREG(status.st_mode):
         return unseen(path, "is not a regular file")
     return Picture(path, status.st_size, status.st_mtime_ns)
+
+
+class PixelBudget:
+    """How many pixels are decoded at once: threads wait for their turn. A picture of more than all goes alone."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._used = 0
+        self._freed = Condition()
+
+    @contextmanager
+    def room(self, pixels: int) -> Iterator[None]:
+        """Room for so many, once there is some."""
+        with self._freed:
+            self._freed.wait_for(lambda: not self._used or self._used + pixels <= self.most)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._used -= pixels
+                self._freed.notify_all()

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
+from math import prod
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from tinychat.core import Image
 from tinychat.errors import FormatError, MediaError, UsageError
-from tinychat.inputs.images import load_image
+from tinychat.inputs.images import SMALLER, image_size, load_image
 from tinychat.packed_cache import beside, sweep
-from tinychat.picture_files import Picture, unseen
+from tinychat.picture_files import Picture, PixelBudget, unseen
 
 SCHEMA = "tinychat.pictures/1"
 KEY = "tinychat"  # of the metadata
@@ -34,6 +35,7 @@ ROWS = "embeddings"
 SAVE_PICTURES, SAVE_SECONDS = 256, 30.0  # after so many, or so long, the work is saved
 SAVE_SHARE = 20  # and never for more than one part in so many of the time
 READERS = 4  # threads that read and scale pictures
+AT_ONCE = 50_000_000  # pixels that are decoded at once, at up to 15 bytes each
 CHUNK = 8192  # rows that are ranked at once
 
 Json = dict[str, Any]
@@ -249,7 +251,7 @@ class Update:
         )
 
     def _embed(self, encoder: Encoder, todo: Sequence[Picture], batch: int, report: Callable[[int, int], None]) -> None:
-        folder, done = Path(self.old.folder), 0
+        folder, done, budget = Path(self.old.folder), 0, PixelBudget(AT_ONCE)
 
         def look(picture: Picture) -> Looked:
             where = str(folder / picture.path)
@@ -261,9 +263,13 @@ class Update:
                 return replace(found, fault=error.message.removeprefix(where).strip()), None
             try:
                 seen = replace(picture, sha256=image.digest)
-                return seen, None if image.digest in self.rows else encoder.pixels(image)
+                if image.digest in self.rows:
+                    return seen, None
+                with budget.room(prod(image_size(image))):
+                    return seen, encoder.pixels(image)
             except MediaError as error:
-                return replace(picture, fault=error.message.removeprefix(where).strip()), None
+                advice = f"; {error.remedy}" if error.remedy == SMALLER else ""
+                return replace(picture, fault=error.message.removeprefix(where).strip() + advice), None
 
         report(0, len(todo))
         parts = (todo[at : at + batch] for at in range(0, len(todo), batch))

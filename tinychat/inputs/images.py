@@ -27,6 +27,7 @@ from tinychat.tiling import Tiling
 
 MAX_BYTES = 100_000_000
 MAX_PIXELS = 40_000_000
+SMALLER = "scale the picture down"  # what to do about one of too many pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _ORIENTATION = 0x0112  # Exif tag
@@ -195,7 +196,7 @@ def _no_bomb(name: str) -> Iterator[None]:
         try:
             yield
         except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-            raise MediaError(f"{name} is too large to decode ({error})", "scale the picture down") from error
+            raise MediaError(f"{name} is too large to decode ({error})", SMALLER) from error
 
 
 def _check_pixels(picture: pillow.Image, name: str) -> None:
@@ -204,7 +205,7 @@ def _check_pixels(picture: pillow.Image, name: str) -> None:
         raise MediaError(f"{name} has {width} x {height} pixels", "give a picture that has some")
     if width * height > MAX_PIXELS:
         much = f"{width} x {height} = {width * height / 1e6:.1f} megapixels"
-        raise MediaError(f"{name} has {much}, the limit is {MAX_PIXELS / 1e6:.0f}", "scale the picture down")
+        raise MediaError(f"{name} has {much}, the limit is {MAX_PIXELS / 1e6:.0f}", SMALLER)
 
 
 def _looks_like(data: bytes) -> str:
