@@ -60,7 +60,8 @@ def test_a_device_map_is_a_word_or_json(tmp_path):
 
 
 def test_max_memory_is_a_list_of_limits():
-    assert parse_max_memory("0=10GiB, cpu=30GiB") == {0: "10GiB", "cpu": "30GiB"}
+    assert parse_max_memory("0=10GiB, cpu=30GiB") == {0: 10 * 2**30, "cpu": 30 * 2**30}
+    assert parse_max_memory("0=1gb,cpu=1.5mib") == {0: 10**9, "cpu": 3 * 2**19}, "bytes in any case, and never bits"
     assert parse_max_memory(None) is None
     with pytest.raises(UsageError, match=r"--max-memory has '10GiB'; write device=size"):
         parse_max_memory("10GiB")

@@ -443,9 +443,13 @@ def parse_size(flag: str, text: str | None) -> int | None:
         return None
     if not SIZE.fullmatch(text):
         raise UsageError(f"{flag} has the size {text!r}", "write it as 10GiB, 500MB or 64KiB")
-    unit = text.lstrip("0123456789.")
+    return _bytes(text)
+
+
+def _bytes(size: str) -> int:
+    unit = size.lstrip("0123456789.")
     power = "KMG".index(unit[0].upper()) + 1
-    return int(float(text.removesuffix(unit)) * (1024 if "i" in unit.lower() else 1000) ** power)
+    return int(float(size.removesuffix(unit)) * (1024 if "i" in unit.lower() else 1000) ** power)
 
 
 def parse_device_map(text: str | None) -> str | dict[str, str | int] | None:
@@ -462,11 +466,11 @@ def parse_device_map(text: str | None) -> str | dict[str, str | int] | None:
     return found
 
 
-def parse_max_memory(text: str | None) -> dict[int | str, str] | None:
-    """`0=10GiB,cpu=30GiB` -> the mapping that accelerate takes."""
+def parse_max_memory(text: str | None) -> dict[int | str, int] | None:
+    """`0=10GiB,cpu=30GiB` -> bytes of each device; a small b means bytes as well, and not accelerate's bits."""
     if text is None:
         return None
-    limits = dict[int | str, str]()
+    limits = dict[int | str, int]()
     for item in text.split(","):
         device, equals, size = (part.strip() for part in item.partition("="))
         if not (device and equals and size):
@@ -475,7 +479,7 @@ def parse_max_memory(text: str | None) -> dict[int | str, str] | None:
             raise UsageError(f"--max-memory has the size {size!r} for {device}", "write it as 10GiB, 500MB or 64KiB")
         if not (device == "cpu" or device.isdecimal()):
             raise UsageError(f"--max-memory has the device {device!r}", "name cpu, or a CUDA device by its number")
-        limits[int(device) if device.isdecimal() else device] = size
+        limits[int(device) if device.isdecimal() else device] = _bytes(size)
     return limits
 
 
