@@ -949,6 +949,24 @@ def test_piped_lines_are_scores_and_paths(photos: Path, model: Path, run: Callab
     assert run(str(photos), "--model", str(model))[1].startswith(f"{photos}: 6 pictures are indexed (0 new")
 
 
+def test_print0_writes_paths_as_they_are(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+):
+    names = [*NAMES, os.fsdecode(b"caf\xe9.png")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number, name in enumerate(names):
+        picture(number).save("x.png")
+        Path("x.png").rename(name)
+    wanted = {os.fsencode(f"./{name}" if name.startswith("-") else name) for name in names}
+    assert cli.main(["search", ".", "--like", "~/-n.png", "-m", str(model), "-0"]) == 0
+    *found, end = capfdbinary.readouterr().out.split(b"\0")
+    assert (set(found), found[0], end) == (wanted, b"./-n.png", b"")
+    assert cli.main(["search", "~", "x", "-m", str(model), "--print0"]) == 0
+    *found, _ = capfdbinary.readouterr().out.split(b"\0")
+    assert set(found) == {os.fsencode(tmp_path / name) for name in names}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [

@@ -142,7 +142,7 @@ def search(flags: SearchFlags) -> int:
     tinychat search photos --like dog.jpg -n 5 --model openai/clip-vit-base-patch32
     """
     from tinychat import search as searching
-    from tinychat.terminal.found import draw_found
+    from tinychat.terminal.found import draw_found, write_paths
 
     device = checked_device(flags.device)
     with progress(flags.plain) as report:
@@ -151,6 +151,8 @@ def search(flags: SearchFlags) -> int:
         note(line)
     if flags.json:
         typer.echo(json.dumps(found.json))
+    elif flags.print0:
+        write_paths(found.shown(flags.folder or ""), sys.stdout.buffer)
     elif flags.query or flags.like is not None:
         draw_found(found.shown(flags.folder or ""), sys.stdout, flags.plain)
     else:

@@ -52,8 +52,12 @@ class Found:
     where: Path
 
     def shown(self, folder: str) -> list[tuple[float, str]]:
-        """Scores and paths that begin with the folder as it was written: they can be opened from here."""
-        return [(hit.score, str(Path(folder) / hit.path)) for hit in self.hits]
+        """Scores and paths that begin with the folder as it was written, and never with a dash: they can be opened."""
+        paths = [str(Path(folder).expanduser() / hit.path) for hit in self.hits]
+        return [
+            (hit.score, f"./{path}" if path.startswith("-") else path)
+            for hit, path in zip(self.hits, paths, strict=True)
+        ]
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Search:
         if self.flags.query:
             parts.append(self.encoder.embed_text(self.flags.query, self.notes.append))
         if self.flags.like is not None:
-            pixels = self.encoder.pixels(load_image(Image(path=self.flags.like)))
+            pixels = self.encoder.pixels(load_image(Image(path=str(Path(self.flags.like).expanduser()))))
             parts.append(self.encoder.embed(pixels[None])[0])
         return normalize(torch.stack(parts).mean(0), dim=0) if parts else None
 

@@ -45,12 +45,19 @@ class SearchFlags:
         str | None, typer.Option(metavar="FILE", help="Where the index is kept.", show_default="in the cache folder")
     ] = None
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Forget the index and look at every picture anew.")] = False
+    print0: Annotated[
+        bool, typer.Option("--print0", "-0", help="Print paths only, as they are, each ended by NUL: for xargs -0.")
+    ] = False
     plain: Plain = False
     json: AsJson = False
 
     def __post_init__(self) -> None:
         if self.folder is None:
             raise UsageError("a folder is needed", 'write tinychat search DIR "what it shows"')
+        if self.print0 and self.json:
+            raise UsageError("both --print0 and --json are given", "give one of the two")
+        if self.print0 and not self.words and self.like is None:
+            raise UsageError("--print0 prints what was found, and nothing is looked for", "add a QUERY or --like")
         if self.words and not self.query:
             raise UsageError(
                 "the query is empty", 'write what the pictures show, as in tinychat search DIR "a red car"'

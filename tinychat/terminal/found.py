@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from tinychat.terminal.answers import is_plain
 from tinychat.terminal.clean import clean_line, put
+
+
+def write_paths(hits: Sequence[tuple[float, str]], out: BinaryIO) -> None:
+    """Paths as they are, each ended by NUL, the best first."""
+    out.write(b"".join(os.fsencode(path) + b"\0" for _, path in hits))
+    out.flush()
 
 
 def draw_found(hits: Sequence[tuple[float, str]], out: TextIO, plain: bool = False) -> None:
