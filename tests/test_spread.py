@@ -206,7 +206,7 @@ def test_options_of_the_cpu_kernels_have_nothing_to_do(tmp_path: Path) -> None:
 def test_a_slow_placement_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_tiny_model(tmp_path, "text", quantize=32)
     notes = load.load_folder(folder, Placement(device_map={"": "disk"}), context=64).notes
-    assert any(note.startswith("0.2 MiB of weights stay on disk and are read for every token") for note in notes)
+    assert any(note.startswith("0.2 MiB of weights stay on disk and are read whenever they are used") for note in notes)
     assert "4-bit layers outside of a GPU's memory run in plain torch with this device map, which is slow" in notes
     notes = load.load_folder(folder, Placement(device_map="auto"), context=64).notes
     assert not any("device map" in note or "disk" in note for note in notes)
