@@ -1037,3 +1037,8 @@ def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch):
     plain = Terminal()
     draw_found([(0.5, "a.png")], plain, plain=True)
     assert plain.getvalue() == "0.500\ta.png\n"
+
+
+def test_the_embedded_model_has_no_revisions() -> None:
+    with pytest.raises(UsageError, match="--revision is main, and the embedded model has no others; leave it out"):
+        open_source(None, "main")

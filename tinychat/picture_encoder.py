@@ -104,7 +104,9 @@ class PictureEncoder:
         """[N, P], on the CPU. Raises ModelError where the dtype does not hold what the model computes."""
         if not features.isfinite().all():
             kind = str(self.dtype).removeprefix("torch.")
-            raise ModelError(f"the model computes what {kind} cannot hold", "give --dtype fp32")
+            wide = self.dtype == torch.float32
+            remedy = "its weights may be damaged: download them again" if wide else "give --dtype fp32"
+            raise ModelError(f"the model computes what {kind} cannot hold", remedy)
         return normalize(features.float(), dim=-1).cpu()
 
 
@@ -112,6 +114,9 @@ def open_source(model: str | None, revision: str | None) -> Source:
     """A model's headers: the embedded one (None), a folder or a hub id. Raises ModelError, with all that is wrong."""
     if model is None and not (EMBEDDED / "config.json").is_file():
         raise UsageError("this installation has no embedded model for searching", f"name one, such as {EXAMPLE}")
+    if model is None and revision is not None:
+        message = f"--revision is {revision}, and the embedded model has no others"
+        raise UsageError(message, "leave it out, or add --model")
     folder = EMBEDDED if model is None else resolve(model, revision)
     raw = read_json(folder / "config.json")
     family = raw.pop("model_type", None)
