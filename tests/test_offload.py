@@ -326,7 +326,10 @@ def test_memory_stays_below_the_model(tmp_path: Path) -> None:
     assert all_of_it["disk"] == 0 and not all_of_it["notes"] and all_of_it["grown"] >= whole
     assert 0.5 * whole < some["disk"] < whole and some["said"] == all_of_it["said"]
     assert some["grown"] < 260e6 - 128 * 2**20 < 0.6 * whole
-    assert "MiB of weights stay on disk and are read whenever they are used; allow more with --max-memory" in some["notes"][0]
+    assert (
+        "MiB of weights stay on disk and are read whenever they are used; allow more with --max-memory"
+        in some["notes"][0]
+    )
 
 
 def test_nothing_is_left_of_a_killed_process(tmp_path: Path) -> None:

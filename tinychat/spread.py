@@ -155,7 +155,9 @@ def notes_of(source: Source, placement: Placement, plan: Plan) -> list[str]:
     notes: list[str] = []
     if plan.disk:
         size = f"{plan.disk / 2**30:.1f} GiB" if plan.disk >= 2**29 else f"{plan.disk / 2**20:.1f} MiB"
-        notes.append(f"{size} of weights stay on disk and are read whenever they are used; allow more with --max-memory")
+        notes.append(
+            f"{size} of weights stay on disk and are read whenever they are used; allow more with --max-memory"
+        )
     if source.spec is not None:
         notes.append("4-bit layers outside of a GPU's memory run in plain torch with this device map, which is slow")
     return notes
