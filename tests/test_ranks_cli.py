@@ -99,7 +99,7 @@ def test_the_others_end_with_rank_0() -> None:
         assert (len(gone), alive) == (1, [])
 
 
-@pytest.mark.parametrize("seconds", [0.5, 3.0])
+@pytest.mark.parametrize("seconds", [0.5, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_early(seconds: float) -> None:
     command = [sys.executable, "-m", "tinychat", "chat", "--plain", "--tp", "2"]
     pipe = subprocess.PIPE

@@ -113,14 +113,18 @@ def test_a_name_that_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store(World(0, 2, 0, 2, "no.such.host", 1))
 
 
-def test_whoever_waits_for_a_rank_hears_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_waits_for_a_rank_hears_signals() -> None:
     class Interrupted:
         def check(self, names: list[str]) -> bool:
             signal.raise_signal(signal.SIGINT)
             return False
 
-    with pytest.raises(KeyboardInterrupt):
-        told(Interrupted(), "facts/1", timedelta(seconds=60))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            told(Interrupted(), "facts/1", timedelta(seconds=60))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_port_that_is_taken() -> None:
