@@ -22,6 +22,19 @@ MOST = 4
 Task = tuple[list[str], bytes, int, int, str]
 
 
+class Rank:
+    """A member of a group that talks to nobody."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
 class RankPool:
     """Up to four processes, each started when a test first needs so many."""
 

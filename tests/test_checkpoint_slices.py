@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models.tiny import VISION
+from rank_pool import Rank
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,19 +27,6 @@ from tinychat.placement import Placement
 MAPS = Path("/proc/self/smaps")
 ROWS, COLUMNS = 8192, 1024
 SLACK = 2**22 + 2**18  # pages around a slice come along, and they may be large
-
-
-class Rank:
-    """A member of a group that talks to nobody."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 class Copies(TorchDispatchMode):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models.tiny import IMAGE_ID, TEXT, ids, llava_pair, pixels, text_pair
-from rank_pool import RankPool
+from rank_pool import Rank, RankPool
 from same import assert_close, assert_same
 from torch import Tensor
 from transformers import LlamaConfig
@@ -35,19 +35,6 @@ PACKED: dict[str, dict[str, Any]] = {
     "exact": {"exact": True, "head": "float"},
     "floats": {"dequantize": True},
 }
-
-
-class Rank:
-    """A member of a group that talks to nobody."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 def read(group: Group, folder: Path, tokens: Tensor, images: Tensor | None, options: dict[str, Any]) -> Tensor:

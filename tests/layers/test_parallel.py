@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_pool import RankPool
+from rank_pool import Rank, RankPool
 from torch import Tensor, nn
 
 from tinychat.errors import ModelError
@@ -78,19 +78,6 @@ def keeps_no_gradient(group: Group) -> tuple[bool, bool]:
 def test_sums_over_ranks_carry_no_gradient(ranks: RankPool) -> None:
     assert ranks.run(2, keeps_no_gradient) == [(False, False)] * 2
     assert total(torch.ones(2, requires_grad=True) * 1, ALONE).requires_grad
-
-
-class Rank:
-    """A member of a group that talks to nobody."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 @given(length=st.integers(1, 4096), size=st.integers(1, 16))

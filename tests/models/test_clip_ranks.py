@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models.dual import EOS, Dual, assert_outputs, dual, outputs, pictures, texts
-from rank_pool import RankPool
+from rank_pool import Rank, RankPool
 from same import assert_close
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPVisionModel, SiglipTextModel, SiglipVisionModel
@@ -93,19 +93,6 @@ def test_the_tower_that_the_chat_uses_selects_layers(
     expected = torch.cat([states[i][:, 1:] for i in chosen], dim=-1)
     for found in ranks.run(size, features, config, tmp_path, pixels):
         assert_close(found, expected, 1e-5)
-
-
-class Rank:
-    """A member of a group that talks to nobody."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 def test_ranks_that_do_not_divide_are_refused_with_numbers_that_fit(tmp_path: Path) -> None:
