@@ -32,12 +32,12 @@ from tinychat.flags import (
     with_flags,
 )
 from tinychat.opening import checked_device, note, open_model, progress
-from tinychat.ranks.world import world_of
 from tinychat.search_flags import SearchFlags
 
 if TYPE_CHECKING:
     from tinychat.ask import Asker, Query
     from tinychat.engine.engine import Engine
+    from tinychat.ranks.world import World
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell shows of a process that SIGPIPE ended
@@ -299,11 +299,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(args: list[str], state: dict[str, bool]) -> int:
+def _world() -> World | None:
+    """Which of torchrun's ranks this is; None where there is no torchrun, which costs the start nothing."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    from tinychat.ranks.world import world_of
+
     try:
-        world = world_of(os.environ)
+        return world_of(os.environ)
     except UsageError:  # said by the verbs that open a model
-        world = None
+        return None
+
+
+def _run(args: list[str], state: dict[str, bool]) -> int:
+    world = _world()
     if world is not None and world.rank > 0:
         from tinychat.ranks.follow import follow
 
